@@ -21,13 +21,13 @@ from multi_token.cli.ask import (
 from multi_token.cli.data import NumShards, Reading, Shard, shard_of, source_of
 from multi_token.cli.loading import LoadOptions, load_run, with_load_options
 from multi_token.cli.serve import ENGINE_KEY_VARIABLE
-from multi_token.errors import RecipeError
 
 if TYPE_CHECKING:
     from multi_token.data.row_source import RowSource
     from multi_token.evaluate.predict import OnBadRow, Work
     from multi_token.evaluate.row_job import JobReport, RowJob
     from multi_token.model import MultiTokenForConditionalGeneration
+    from multi_token.recipe.recipe import Recipe
     from multi_token.serve.engines.vllm.engine import VllmEngine
 
 OUT = typer.Option(..., help="File of the results in the order of the rows: .jsonl or .parquet.")
@@ -151,20 +151,30 @@ def _started_engine(
 
 def open_run_rows(run: Path, rows: str, split: str, reading: Sequence[str] | None) -> RowSource:
     """Open rows for the modalities of a run, read as its recipe reads them."""
+    from multi_token.checkpoint.hub import local_folder
     from multi_token.checkpoint.load import read_config, read_spec
     from multi_token.data.row_source import open_rows, show_note
-    from multi_token.recipe.recipe import load_recipe
 
-    try:
-        recipe = load_recipe(run / "recipe.yaml")
-    except RecipeError:  # an imported run has none, or a part of one
-        recipe = None
+    fields = read_config(run)  # refuses what is no run
+    recipe = _recipe_of(run)
     # the run's config alone: the rows are opened before the model, which takes longer
-    modalities = read_spec(run, read_config(run)).modalities
+    modalities = read_spec(local_folder(run), fields).modalities
     seed = 0 if recipe is None else recipe.train.seed
     source = open_rows(source_of(rows, split, recipe, reading), modalities, seed=seed)
     show_note(source.note)
     return source
+
+
+def _recipe_of(run: Path) -> Recipe | None:
+    """Return the recipe of a run in a folder or on the hub; None for an imported run without one.
+
+    Raises RecipeError for a recipe that cannot be read.
+    """
+    from multi_token.checkpoint.hub import local_folder
+    from multi_token.recipe.recipe import load_recipe
+
+    path = local_folder(run) / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
 
 
 def open_job(
@@ -210,13 +220,10 @@ def workers_for(model: Any, given: int | None) -> int:
 
 def bad_row_rule(run: Path, given: OnBadRow | None) -> OnBadRow:
     """Return the rule that was given, else that of the run's recipe."""
-    import yaml
-
-    path = run / "recipe.yaml"
-    if given is not None or not path.is_file():
-        return given or "raise"
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return "skip" if (recipe.get("data") or {}).get("on_bad_row") == "skip" else "raise"
+    if given is not None:
+        return given
+    recipe = _recipe_of(run)
+    return "raise" if recipe is None else recipe.data.on_bad_row
 
 
 def finish(job: RowJob, console: Console, **options: Any) -> JobReport | None:

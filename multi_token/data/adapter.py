@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ from multi_token.data.row_templates import (
     OPEN,
     RowTemplate,
     TemplateFault,
+    check_text,
     draw,
     missing_column,
 )
 from multi_token.data.rows import Row, as_list, is_number, type_name
 from multi_token.errors import RowError
+from multi_token.media.fetch import shorten
 
 TURN_LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 """Columns that may hold turns."""
@@ -54,6 +56,8 @@ class RowAdapter:
     """Templates of the turns. Without them, the row has turns of its own."""
     each: str | None = None
     """Column with a list of objects: `turns` are repeated for each of them."""
+    history: str | None = None
+    """Column with pairs of earlier turns, `[[question, answer], ...]`."""
     question: tuple[str, ...] = ()
     seed: int = 0
     items_first: bool = False
@@ -152,6 +156,13 @@ class RowAdapter:
         out: dict[str, Any] = {"messages": messages}
         num_slots = dict.fromkeys(self.names, 0)
         marked = {name for name in self.names if any(_mark(name) in t.text for t in self._users())}
+        if self._adds_system():
+            out["system"] = row.get("system")
+        for role, text in self._earlier(row):
+            parts = [{"type": "text", "text": text}]
+            if role == "user":
+                parts = self._parts(text, marked, waiting, num_slots)
+            messages.append({"role": role, "content": parts})
         for repeated in self._repeated(row):
             for turn in self.turns:
                 text = self._text(turn, {**row, **repeated}, others)
@@ -195,6 +206,31 @@ class RowAdapter:
     def _users(self) -> list[RowTemplate]:
         return [turn.template for turn in self.turns if turn.role == "user"]
 
+    def _adds_system(self) -> bool:
+        """Return whether a `system` column is a message: not where turns or media read it."""
+        templates = [t.template for t in self.turns]
+        templates += [spec for spec in self.media.values() if isinstance(spec, RowTemplate)]
+        return not (
+            any(turn.role == "system" for turn in self.turns)
+            or "system" in (*self.names, *self.media.values(), self.each)
+            or any("system" in template.columns for template in templates)
+        )
+
+    def _earlier(self, row: Row) -> Iterator[tuple[str, str]]:
+        """Yield role and text of each turn of the column `history`."""
+        value = None if self.history is None else row.get(self.history)
+        if value is None or (isinstance(value, str) and not value):
+            return
+        pairs = as_list(value)
+        for pair in [value] if pairs is None else pairs:
+            texts = as_list(pair) or []
+            if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise TemplateFault(
+                    f"`{self.history}` has {shorten(pair)}, expected pairs of texts: "
+                    "[[question, answer], ...]"
+                )
+            yield from zip(("user", "assistant"), texts, strict=True)
+
     def _repeated(self, row: Row) -> list[Mapping[str, Any]]:
         if self.each is None:
             return [{}]
@@ -209,10 +245,12 @@ class RowAdapter:
 
     def _text(self, turn: TurnTemplate, row: Row, others: Mapping[str, Any]) -> str:
         found = turn.template.fill(row, **others)
-        if found is None:
+        try:
+            check_text(found, row)
+        except TemplateFault as fault:
             raise TemplateFault(
-                f"a column is empty (null) (`{turn.template.where}`: {turn.template.shown})"
-            )
+                f"{fault} (`{turn.template.where}`: {turn.template.shown})"
+            ) from None
         text = str(found)
         if not text.strip() and turn.role in ("assistant", "chosen", "rejected"):
             raise TemplateFault(

@@ -137,6 +137,8 @@ class Reading:
     """Modality -> column or template."""
     turns: tuple[tuple[str, str], ...] = ()
     each: str | None = None
+    history: str | None = None
+    """Column with earlier turns."""
     question: tuple[str, ...] = ()
     shown: tuple[tuple[str, str], ...] = ()
     """Words and their columns, for a message."""
@@ -306,7 +308,8 @@ def resolve(
             else default,
         )
     shown = tuple((_SHOWN.get(word, word), column) for word, column in words.items())
-    return Reading(format, media, turns, each, question, shown)
+    history = "history" if format == "alpaca" and "history" not in media.values() else None
+    return Reading(format, media, turns, each, history, question, shown)
 
 
 def _with_columns(text: str, preset: Preset, columns: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from multi_token.data.adapter import RowAdapter, TurnTemplate, marked_template
 from multi_token.data.chosen_rows import chosen_rows
 from multi_token.data.content_parts import media_source
-from multi_token.data.files.hub import open_with_args
+from multi_token.data.files.hub import hub_args_fault, open_hub_args
 from multi_token.data.files.hub_files import media_root_of
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.presets import (
@@ -200,6 +200,7 @@ def _adapter_of(
         # without marks: the slots of these formats stand in the columns
         turns=_turn_templates(reading.turns, f"format: {format}", (), {}),
         each=reading.each,
+        history=reading.history,
         question=tuple(source.question) or reading.question,
         items_first=True,
         **common,
@@ -252,7 +253,9 @@ def _adapter_in_place(
     )
     common = {**common, "slots": slots}
     if original:
-        rewrite = functools.partial(_with_data_sets, columns=tuple(reading.media.values()))
+        rewrite = functools.partial(
+            _with_data_sets, columns=tuple(reading.media.values()), root=source.root
+        )
     if not (renamed or slots or items_first or rewrite or common["media_texts"]):
         return None, None
     adapter = RowAdapter(
@@ -318,25 +321,33 @@ def _check_names(
             )
 
 
-def _with_data_sets(row: Row, *, columns: tuple[str, ...]) -> Row:
+def _with_data_sets(row: Row, *, columns: tuple[str, ...], root: str | None) -> Row:
     """Return a row of the original multi_token with the items that its `dataset_args` name."""
     out = dict(row)
     for column in columns:
         items = as_list(row.get(column))
         if items is not None:
-            out[column] = [_item_of_data_set(item) for item in items]
+            out[column] = [_item_of_data_set(item, root) for item in items]
         elif row.get(column) is not None:
-            out[column] = _item_of_data_set(row[column])
+            out[column] = _item_of_data_set(row[column], root)
     return out
 
 
-def _item_of_data_set(item: Any) -> Any:
+def _item_of_data_set(item: Any, root: str | None) -> Any:
     if not isinstance(item, Mapping) or "dataset_args" not in item:
         return item
     args, index = item["dataset_args"], item.get("idx")
     if not isinstance(args, Mapping) or not isinstance(index, int):
         raise TemplateFault("an item has `dataset_args` and `idx`, expected an object and a number")
-    rows = _open_data_set(json.dumps({k: v for k, v in args.items() if v is not None}))
+    if root is not None:
+        raise TemplateFault(
+            f"an item has `dataset_args`, and the media of this source are inside of `root` "
+            f"({root}); remove `root`, or write the item as a file in it"
+        )
+    args = {key: value for key, value in args.items() if value is not None}
+    if fault := hub_args_fault(args):
+        raise TemplateFault(f"`dataset_args` of an item {fault}")
+    rows = _open_data_set(json.dumps(args, sort_keys=True))
     if not 0 <= index < len(rows):
         raise TemplateFault(f"an item has the `idx` {index} of a data set of {len(rows):,} rows")
     row = rows[index]
@@ -351,4 +362,4 @@ def _item_of_data_set(item: Any) -> Any:
 
 @functools.lru_cache(maxsize=_NUM_DATA_SETS)
 def _open_data_set(args: str) -> Sequence[Row]:
-    return open_with_args(json.loads(args))
+    return open_hub_args(json.loads(args))

@@ -195,7 +195,7 @@ class ChatProcessor(ProcessorMixin):
             own = {name: _of_row(value, i, len(texts)) for name, value in items.items()}
             row = {f"{name}s": value for name, value in own.items() if value}
             row["messages"] = [{"role": "user", "content": one or ""}]
-            conversation = to_conversation(row, list(self.run.modalities), row_id=f"[{i}]")
+            conversation = to_conversation(row, self.run.modalities, row_id=f"[{i}]")
             prepared = [self.run.prepare(item, row_id=f"[{i}]") for item in conversation.media]
             runs = self.run.runs(conversation, prepared)
             sample = self.run.chat.tokenize_rendered(*with_texts(conversation, runs))
@@ -300,7 +300,7 @@ class ChatProcessor(ProcessorMixin):
             else m
             for m in messages
         ]
-        found = to_conversation({"messages": parts}, list(self.run.modalities), row_id=row_id)
+        found = to_conversation({"messages": parts}, self.run.modalities, row_id=row_id)
         if not prompt_only and found.messages[-1].role != "assistant":
             raise RowError(
                 "ends with a question; pass add_generation_prompt=True for the prompt of an answer",
@@ -358,12 +358,11 @@ class RowCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any] | Conversation]) -> Batch:
         """Return the batch of rows, padded on the right. Raises RowError for a bad row."""
         run = replace(self.processor.run, fetch=Fetch(root=self.root))
-        names = list(run.modalities)
         samples = [
             run(
                 row
                 if isinstance(row, Conversation)
-                else to_conversation(row, names, row_id=f"row {i} of the batch")
+                else to_conversation(row, run.modalities, row_id=f"row {i} of the batch")
             )
             for i, row in enumerate(rows)
         ]

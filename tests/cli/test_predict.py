@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from multi_token.cli import app
+from multi_token.cli.predict import bad_row_rule, open_run_rows
 from multi_token.data.row_source import open_rows
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, RecipeError
 from multi_token.evaluate.scores import score_rows, with_processor
 from multi_token.recipe.data import DataSource
 from tests.train.launchers import launched
@@ -163,7 +166,11 @@ def test_another_run_is_refused(run: Path, rows: Path, tmp_path: Path, model: An
 
 
 def test_a_bad_row_is_named_and_the_rule_is_that_of_the_recipe(
-    run: Path, rows: Path, tmp_path: Path, model: Any
+    run: Path,
+    rows: Path,
+    tmp_path: Path,
+    model: Any,
+    recipe_fields: Callable[..., dict[str, Any]],
 ) -> None:
     lines = rows.read_text().splitlines()[:3]
     lines[1] = lines[1].replace("1.png", "none.png")
@@ -174,10 +181,47 @@ def test_a_bad_row_is_named_and_the_rule_is_that_of_the_recipe(
     assert "row r1: image: no file at" in str(raised.exception)
     skipping = tmp_path / "run"
     model.save_pretrained(skipping)
-    (skipping / "recipe.yaml").write_text("data: {on_bad_row: skip}")
+    fields = recipe_fields(skipping)
+    fields["data"]["on_bad_row"] = "skip"
+    (skipping / "recipe.yaml").write_text(json.dumps(fields))
     out = tmp_path / "skipped.jsonl"
     skipped = predict(skipping, bad, out)
     assert skipped.exit_code == 0 and "bad row r1: image: no file at" in skipped.output
     assert "3 results written to" in skipped.output and "1 of them bad rows" in skipped.output
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [sorted(line) for line in found] == [["answer", "id"], ["error", "id"], ["answer", "id"]]
+
+
+def test_rows_of_a_run_on_the_hub_are_read_as_its_recipe_reads_them(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe_fields: Callable[..., dict[str, Any]],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "cache" / "models--ada--seer"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(run, snapshot)
+    (repository / "refs").mkdir()
+    for branch in ("main", "v1"):
+        (repository / "refs" / branch).write_text("0" * 40)
+    Path("rows.jsonl").write_text('{"file": "a.png", "kind": "cat"}\n')
+    fields = recipe_fields(tmp_path / "out")
+    turns = [{"user": "<image> Which animal?"}, {"assistant": "{{ kind }}"}]
+    source = {"rows": "rows.jsonl", "media": {"image": "file"}, "turns": turns}
+    fields["data"] = {"train": [source], "on_bad_row": "skip"}
+    (snapshot / "recipe.yaml").write_text(json.dumps(fields))
+    for name in (Path("ada/seer"), Path("ada/seer@v1")):
+        opened = open_run_rows(name, "rows.jsonl", "train", None)
+        assert "Which animal?" in str(opened.rows[0]["messages"])
+        assert bad_row_rule(name, None) == "skip"
+    (snapshot / "recipe.yaml").write_text("data: {}")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        open_run_rows(Path("ada/seer"), "rows.jsonl", "train", None)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        bad_row_rule(Path("ada/seer"), None)
+    (snapshot / "recipe.yaml").unlink()
+    assert open_run_rows(Path("ada/seer"), "rows.jsonl", "train", None).rows[0]["kind"] == "cat"
+    assert bad_row_rule(Path("ada/seer"), None) == "raise"

@@ -52,6 +52,36 @@ def test_a_row_of_a_real_data_set_is_read(shape: Shape) -> None:
         assert note is not None and f"read as {shape.format}:" in note
 
 
+def test_a_system_column_is_the_first_message_of_templates_too() -> None:
+    row = {"image": "a.png", "caption": "a cat", "system": "Be brief."}
+    expected = "system: Be brief. | user: <image 'a.png'>\nDescribe the image. | assistant: a cat"
+    assert shown(read(row)) == expected
+    turns: list[Any] = [{"user": "<image>?"}, {"assistant": "{{ caption }}"}]
+    assert shown(read(row, turns=turns)).startswith("system: Be brief. | user: <image 'a.png'>?")
+    own = [{"system": "Speak."}, *turns]
+    assert shown(read(row, turns=own)).startswith("system: Speak. | user: ")
+    reads = [{"user": "<image>{{ row.system }}"}, {"assistant": "{{ caption }}"}]
+    assert shown(read(row, turns=reads)).startswith("user: <image 'a.png'>Be brief. | ")
+    assert shown(read({"system": "a.png", "caption": "x"}, media={"image": "system"})).startswith(
+        "user: <image 'a.png'>"
+    )
+    assert "`system` is a number, expected a text" in refusal({**row, "system": 3})
+    answers = {"question": "Which?", "chosen": "a", "rejected": "b", "image": "a.png"}
+    assert shown(read({**answers, "system": "Be brief."})).startswith("system: Be brief. | user: ")
+
+
+def test_history_of_alpaca_is_earlier_turns() -> None:
+    row = {"instruction": "And two?", "input": "", "output": "Four.", "history": []}
+    assert shown(read(row)) == "user: And two? | assistant: Four."
+    earlier = {**row, "history": [["One?", "Two."]], "system": "Double."}
+    assert shown(read(earlier)) == (
+        "system: Double. | user: One? | assistant: Two. | user: And two? | assistant: Four."
+    )
+    assert "`history` has ['One?'], expected pairs of texts" in refusal(
+        {**row, "history": [["One?"]]}
+    )
+
+
 # --- templates ---
 
 
@@ -152,6 +182,30 @@ def test_a_null_column_is_no_word_none() -> None:
     turns = [{"user": "<image>What?"}, {"assistant": "It is {{ a }}."}]
     message = refusal({"image": "a.png", "a": None}, turns=turns)
     assert "row r: a column is empty (null) (`turns.1.assistant`: It is {{ a }}.)" in message
+
+
+def test_an_object_or_a_list_is_no_text() -> None:
+    row = {"instruction": "Name two.", "output": ["x", "y"]}
+    assert refusal(row) == (
+        "row r: a value is a list, which is no text; name the entry that is meant in `turns`, such "
+        'as `{assistant: "{{ output[0] }}"}` (`format: alpaca.1.assistant`: {{ output }})'
+    )
+    answer = {"text": ["Paris"], "answer_start": [3]}
+    turns = [{"user": "<image>?"}, {"assistant": "It is {{ answers }}."}]
+    message = refusal({"image": "a.png", "answers": answer}, turns=turns)
+    assert "a value is an object with the fields text, answer_start, which is no text" in message
+    assert '`{assistant: "{{ answers.text[0] }}"}` (`turns.1.assistant`: ' in message
+    row = {"image": "a.png", "question": "Where?", "answers": [{"value": "Paris"}]}
+    assert '`{assistant: "{{ answers[0].value }}"}`' in refusal(row)
+    assert "a value is bytes" in refusal({"image": "a.png", "text": b"a cat"})
+
+
+def test_presets_read_the_answers_of_squad_and_the_captions_of_coco() -> None:
+    row = {"image": "a.png", "question": "Where?", "answers": {"text": ["Paris"], "start": [3]}}
+    assert shown(read(row)).endswith("Where? | assistant: Paris")
+    for sentences in ({"raw": "A cat.", "tokens": ["a", "cat"]}, [{"raw": "A cat.", "sentid": 1}]):
+        found = read({"image": "a.png", "sentences": sentences})
+        assert shown(found).endswith("assistant: A cat.")
 
 
 def test_a_template_that_fails_names_the_row_and_the_expression() -> None:

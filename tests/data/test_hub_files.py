@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from multi_token.data.files.hub_files import media_root_of
 from multi_token.data.files.open import load_rows, media_root
+from multi_token.data.row_source import open_rows
 from multi_token.data.row_stream import open_stream
-from multi_token.errors import MultiTokenError
+from multi_token.errors import MultiTokenError, RowError
 from multi_token.media.fetch import Fetch
+from multi_token.modalities.image import ImageModality
+from multi_token.recipe.data import DataSource
 from tests.data.test_archive_root import pack
 
 ROWS = [{"image": "a/1.png", "text": "one"}, {"image": "b.bin", "text": "two"}]
@@ -79,3 +83,60 @@ def test_a_file_that_a_repository_lacks_is_refused_with_those_that_it_has(hub: P
         load_rows("hf://ada/cap/c.json")
     with pytest.raises(MultiTokenError, match="data set ada/none could not be fetched"):
         load_rows("hf://ada/none/c.json")
+
+
+def read_item(folder: Path, args: Any, **keys: Any) -> Any:
+    """Return the item of a row of the original multi_token that names a data set."""
+    row = {
+        "id": "r1",
+        "images": [{"dataset_args": args, "idx": 1}],
+        "messages": [
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "a"},
+        ],
+    }
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    source = DataSource(rows=str(path), **keys)
+    return open_rows(source, {"image": ImageModality(encoder="x")}).rows[0]["images"][0]
+
+
+def test_an_item_of_a_data_set_is_read_from_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = {"path": "ada/pix", "name": None, "split": "train", "revision": "v1"}
+    with pytest.raises(MultiTokenError, match="cannot load the data set of .*Couldn't reach"):
+        read_item(tmp_path, args)
+    asked: list[dict[str, Any]] = []
+    table = datasets.Dataset.from_dict({"n": [0, 1], "image": ["a.png", "b.png"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda **args: asked.append(args) or table)
+    assert read_item(tmp_path, args) == "b.png"
+    assert asked == [{"path": "ada/pix", "split": "train", "revision": "v1"}]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"path": "json", "data_files": "rows.jsonl", "split": "train"}, "`data_files: 'rows"),
+        ({"path": "ada/pix", "split": "train", "data_dir": "/etc"}, "`data_dir: '/etc'`"),
+        ({"path": "ada/pix", "split": ["train"]}, "expected texts under path, name, split, rev"),
+        ({"path": "pandas", "split": "train"}, "`path` 'pandas', expected a data set on the hub"),
+        ({"path": "../pix", "split": "train"}, "`path` '../pix'"),
+        ({"path": "ada/..", "split": "train"}, "`path` 'ada/..'"),
+        ({"path": "here/pix", "split": "train"}, "`path` 'here/pix'"),
+        ({"split": "train"}, "`path` ''"),
+    ],
+)
+def test_an_item_of_a_data_set_names_no_file_here(
+    args: Any, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "pix").mkdir(parents=True)
+    with pytest.raises(RowError) as refused:
+        read_item(tmp_path, args)
+    assert sentence in str(refused.value) and refused.value.row_id == "r1"
+
+
+def test_an_item_of_a_data_set_is_refused_where_media_are_inside_of_root(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match="inside of `root`.*remove `root`, or write the item as a"):
+        read_item(tmp_path, {"path": "ada/pix", "split": "train"}, root=str(tmp_path))

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from multi_token.data.formats import to_conversation
 from multi_token.errors import MultiTokenError
 from multi_token.generate import generate_ids
+from multi_token.hf.processor import ChatProcessor, RowCollator
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.processor import processor_of
 from multi_token.recipe.model import ModelSpec
 from multi_token.registry import register_modality, resolve
 from tests.conftest import Pulse
@@ -145,6 +149,32 @@ def test_a_rendered_text_with_its_items_gives_the_same_inputs(
     text = processor.apply_chat_template(pulse, add_generation_prompt=True)
     found = processor(text=text, pulse=[sources["pulse"][0]])
     assert torch.equal(found["pulse.values"], inputs_of(processor, pulse)["pulse.values"])
+
+
+def test_parts_and_columns_by_kind_find_an_instance_of_another_name(
+    parts: Path, tmp_path: Path
+) -> None:
+    image, _ = resolve("modality", "image").example(tmp_path)
+    spec = ModelSpec.model_validate(
+        {
+            "language_model": str(parts / "language_model"),
+            "modalities": {"photo": {"type": "image", **image}},
+        }
+    )
+    run = processor_of(spec)
+    processor = ChatProcessor(run, {})
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    item = {"type": "image", "url": str(tmp_path / "a.png")}
+    question = {"role": "user", "content": [item, {"type": "text", "text": "What?"}]}
+    row = {"messages": [question, {"role": "assistant", "content": "Red."}]}
+    expected = run(to_conversation(row, run.modalities, row_id="row"))
+    collated = RowCollator(processor)([row])
+    assert collated["input_ids"].tolist() == [expected.input_ids.tolist()]
+    (prompt,) = processor.prompts([[question]])
+    text = processor.apply_chat_template([question], add_generation_prompt=True)
+    assert "<photo>" in text
+    found = processor(text=text, images=item["url"])
+    assert found["input_ids"].tolist() == [prompt.input_ids.tolist()]
 
 
 def test_letters_of_a_slot_in_a_message_stay_text(loaded: tuple[Any, Any, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,7 +35,7 @@ from multi_token.media.fetch import MIB
 _NEWLINES, _WITH_NEWLINES = ".breaks", "with_breaks"
 _FACTS = ".facts"
 _STALE_SECONDS = 3600
-"""No shard takes that long to write: a writer that died left an older unfinished file."""
+"""No file takes that long to write, or to be seen whole by every machine that shares the folder."""
 _MAX_OPEN = 256
 """Shards that one process keeps mapped."""
 
@@ -56,8 +56,8 @@ class FeatureStore:
         self.folder = folder
         self.max_bytes = max_bytes
         self.damaged: list[str] = []
-        """Faults of shards in the folder, a sentence each. Their keys count as missing."""
-        self._damaged_names: set[str] = set()
+        """Faults of files in the folder, as of the last `refresh`. Their keys count as missing."""
+        self._removable: set[str] = set()
         self._names: list[str] = []
         self._index = KeyTable("i8")
         self._sources = KeyTable("S32")
@@ -76,8 +76,13 @@ class FeatureStore:
         return len(self._index)
 
     def refresh(self) -> None:
-        """Merge the parts of the index, and the keys by source, that any writer added since."""
-        known = {*self._names, *self._damaged_names}
+        """Merge the parts of the index, and the keys by source, that any writer added since.
+
+        Files that could not be read before are tried again.
+        """
+        self.damaged.clear()
+        self._removable.clear()
+        known = {*self._names}
         keys: list[NDArray[Any]] = []
         numbers: list[NDArray[np.int64]] = []
         for file in sorted(self.folder.glob("features-*.json")):
@@ -85,10 +90,9 @@ class FeatureStore:
                 continue
             try:
                 found, with_newlines = _read_part(file)
-            except _Damaged as damage:
+            except (OSError, _Damaged) as fault:
                 # its items are encoded again, which costs less than a run that cannot start
-                self.damaged.append(f"{damage}; its items are encoded again")
-                self._damaged_names.add(file.stem)
+                self._add_fault(file, fault, "its items are encoded again")
                 continue
             keys.append(found)
             numbers.append(_number(len(self._names), with_newlines))
@@ -104,20 +108,26 @@ class FeatureStore:
         for file in sorted(self.folder.glob("sources-*.safetensors")):
             if file.stem in self._source_files:
                 continue
-            self._source_files.add(file.stem)
             try:
-                arrays = load_file(file)
-                found = arrays["sources"], hex_digits(arrays["keys"])
-            except (OSError, SafetensorError, KeyError) as error:
-                self.damaged.append(
-                    f"{file.name} cannot be read ({error}); its files are read again"
-                )
-                self._damaged_names.add(file.stem)
+                found = _read_sources(file)
+            except (OSError, _Damaged) as fault:
+                self._add_fault(file, fault, "its files are read again")
                 continue
+            self._source_files.add(file.stem)
             sources.append(found[0])
             keys.append(found[1])
         if sources:
             self._sources.add_arrays(np.concatenate(sources), np.concatenate(keys))
+
+    def _add_fault(self, file: Path, fault: OSError | _Damaged, remedy: str) -> None:
+        """Note a file that cannot be used. It is removed if it never can be."""
+        if isinstance(fault, _Damaged):
+            self.damaged.append(f"{fault}; {remedy}")
+            if _is_old(file) and _is_old(file.with_suffix(".safetensors")):
+                self._removable.add(file.stem)
+        else:
+            # of this process or the network (too many open files): others may be reading the file
+            self.damaged.append(f"{file.name} cannot be read ({fault}); {remedy}")
 
     @property
     def names(self) -> set[str]:
@@ -198,10 +208,10 @@ class FeatureStore:
 
     def _clean(self) -> None:
         """Remove damaged shards, and unfinished files of writers that died."""
-        for name in self._damaged_names:
+        for name in self._removable:
             for suffix in (".json", ".safetensors"):
                 (self.folder / (name + suffix)).unlink(missing_ok=True)
-        self._damaged_names.clear()
+        self._removable.clear()
         for pattern in (".features-*", ".sources-*"):
             for partial in self.folder.glob(pattern):
                 try:
@@ -240,28 +250,54 @@ def _as_bytes(digests: Collection[str]) -> NDArray[np.uint8]:
 
 
 class _Damaged(Exception):
-    """A part of the index that cannot be used."""
+    """A file whose content cannot be used: half of it, or another one."""
+
+
+def _is_old(file: Path) -> bool:
+    """True if the file is not there, or no writer can still be busy with it."""
+    try:
+        return time.time() - file.stat().st_mtime > _STALE_SECONDS
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _read_sources(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return sources, and their keys as hexadecimal digits. Raises _Damaged, OSError."""
+    # read here: safetensors reports every failure to open a file as FileNotFoundError
+    content = file.read_bytes()
+    try:
+        arrays = load_arrays(content)
+        return arrays["sources"], hex_digits(arrays["keys"])
+    except (SafetensorError, KeyError) as error:
+        raise _Damaged(f"{file.name} cannot be read ({error})") from None
 
 
 def _read_part(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Read a part of the index, and check that its shard is whole.
 
-    Returns the keys [keys, 16], and True for those of items with line ends. Raises _Damaged.
+    Returns the keys [keys, 16], and True for those of items with line ends. Raises _Damaged, and
+    OSError for a fault that says nothing of the files.
     """
     shard = file.with_suffix(".safetensors")
+    content = file.read_bytes()
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(content)
         stored_bytes, keys = int(fields["num_bytes"]), _as_bytes(fields["keys"])
         with_newlines = np.isin(hex_digits(keys), hex_digits(_as_bytes(fields[_WITH_NEWLINES])))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _Damaged(f"{file.name} is no index of features ({error})") from None
     try:
-        found = shard.stat().st_size
-        if found != stored_bytes:
-            raise _Damaged(
-                f"{shard.name} is cut off: {found:,} of {stored_bytes:,} bytes are there"
-            )
-        safe_open(shard, framework="pt")  # reads the header alone
-    except (OSError, SafetensorError) as error:
+        # opened here: safetensors reports every failure to open a file as FileNotFoundError
+        with shard.open("rb") as opened:
+            found = os.fstat(opened.fileno()).st_size
+    except FileNotFoundError as error:
+        raise _Damaged(f"{shard.name} cannot be read ({error})") from None
+    if found != stored_bytes:
+        raise _Damaged(f"{shard.name} is cut off: {found:,} of {stored_bytes:,} bytes are there")
+    try:
+        safe_open(shard, framework="numpy")  # reads the header alone
+    except SafetensorError as error:
         raise _Damaged(f"{shard.name} cannot be read ({error})") from None
     return keys, with_newlines

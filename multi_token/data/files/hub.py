@@ -6,6 +6,7 @@ item, which `datasets` cannot.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,9 +15,14 @@ from multi_token.data.files.hub_files import HUB_PREFIX
 from multi_token.data.rows import Row
 from multi_token.errors import MultiTokenError
 from multi_token.hub import limited_hub_waits
+from multi_token.media.fetch import shorten
 
 if TYPE_CHECKING:
     import datasets
+
+_HUB_ARGS = ("path", "name", "split", "revision")
+"""Arguments of `load_dataset` that a row may give."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?", re.ASCII)
 
 
 def load_hub(source: str, split: str) -> Sequence[Row]:
@@ -36,8 +42,31 @@ def stream_hub(source: str, *, split: str = "train") -> datasets.IterableDataset
     return _open_hub(source, split, streaming=True).decode(False)
 
 
-def open_with_args(args: Mapping[str, Any]) -> Sequence[Row]:
-    """Open the rows of `datasets.load_dataset(**args)`. Raises MultiTokenError."""
+def hub_args_fault(args: Mapping[str, Any]) -> str | None:
+    """Return why arguments of `load_dataset` name no data set on the hub, or None if they do.
+
+    A row may be written by others, and `load_dataset` opens any file, also pickles.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+
+    for key, value in args.items():
+        if key not in _HUB_ARGS or not isinstance(value, str):
+            return (
+                f"has `{shorten(key)}: {shorten(repr(value))}`, expected texts under "
+                f"{', '.join(_HUB_ARGS)} alone; put other files into rows of their own"
+            )
+    path = args.get("path", "")
+    # `load_dataset` prefers a builder of files (`json`), and a folder here, to a name on the hub
+    if not _HUB_NAME.fullmatch(path) or path in BUILDERS or Path(path).exists():
+        return f"has the `path` {shorten(repr(path))}, expected a data set on the hub, owner/name"
+    return None
+
+
+def open_hub_args(args: Mapping[str, Any]) -> Sequence[Row]:
+    """Open the rows of `load_dataset(**args)`, for arguments without `hub_args_fault`.
+
+    Raises MultiTokenError.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import pickle
@@ -53,6 +55,13 @@ def first_value(cache: FeatureCache, item: Media) -> float | None:
 
 def shards_of(path: Path) -> list[Path]:
     return sorted(path.glob("features-*.safetensors"))
+
+
+def make_old(folder: Path) -> None:
+    """Date all files of a cache to yesterday: no writer can still be busy with them."""
+    yesterday = time.time() - 86_400
+    for file in folder.iterdir():
+        os.utime(file, (yesterday, yesterday))
 
 
 @pytest.fixture
@@ -160,6 +169,7 @@ def test_a_damaged_shard_is_named_and_its_items_alone_are_encoded_again(
         shard.write_bytes(b"\xff" * size)
     else:
         shard.unlink()
+    make_old(tmp_path)
     cache = opened(tmp_path)
     (damage,) = cache.damaged
     said = {"cut off": f"cut off: {size - 10:,} of {size:,}", "gone": "No such file"}
@@ -180,12 +190,59 @@ def test_a_damaged_list_of_sources_is_named_and_their_files_are_read_again(
     assert fill(FeatureCache(folder), items) == 1
     (sources,) = folder.glob("sources-*.safetensors")
     os.truncate(sources, sources.stat().st_size - 8)
+    make_old(folder)
     cache = opened(folder)
     (damage,) = cache.damaged
     assert damage.startswith(f"{sources.name} cannot be read")
     assert damage.endswith("; its files are read again")
     assert fill(cache, items) == 0
     assert not sources.exists() and opened(folder).damaged == []
+
+
+@pytest.mark.parametrize("kind", ["features-*.json", "features-*.safetensors", "sources-*"])
+def test_a_file_that_could_not_be_read_once_is_kept_and_read_by_the_next_refresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    store = FeatureStore(tmp_path)
+    features = (torch.zeros(3, 2), None, None)
+    store.write({digest(b"first"): features})
+    store.add_sources({digest(b"path"): digest(b"first")})
+    make_old(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    real = io.open
+
+    def fails(file: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(file, (str, Path)) and Path(file).match(kind):
+            raise OSError(errno.EMFILE, "Too many open files", str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", fails)
+    other = FeatureStore(tmp_path)
+    monkeypatch.undo()
+    (damage,) = other.damaged
+    assert "Too many open files" in damage
+    other.write({digest(b"second"): features})
+    assert [file for file in files if not file.exists()] == []
+    other.refresh()
+    assert other.damaged == []
+    assert digest(b"first") in other and other.key_of(digest(b"path")) == digest(b"first")
+
+
+def test_a_shard_that_looks_cut_off_is_kept_until_no_writer_can_be_busy_with_it(
+    tmp_path: Path,
+) -> None:
+    items = vectors(4)
+    fill(FeatureCache(tmp_path), items)
+    (shard,) = shards_of(tmp_path)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])  # a network file system may show the size late
+    cache = opened(tmp_path)
+    assert "cut off" in cache.damaged[0]
+    assert fill(cache, vectors(5)[4:]) == 1
+    shard.write_bytes(whole)
+    cache.refresh()
+    assert cache.damaged == []
+    assert [first_value(cache, item) for item, _ in items] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_half_an_index_and_a_shard_without_one_are_encoded_again(tmp_path: Path) -> None:
