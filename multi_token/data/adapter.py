@@ -19,6 +19,7 @@ from multi_token.data.row_templates import (
     OPEN,
     RowTemplate,
     TemplateFault,
+    check_text,
     draw,
     missing_column,
 )
@@ -244,10 +245,12 @@ class RowAdapter:
 
     def _text(self, turn: TurnTemplate, row: Row, others: Mapping[str, Any]) -> str:
         found = turn.template.fill(row, **others)
-        if found is None:
+        try:
+            check_text(found, row)
+        except TemplateFault as fault:
             raise TemplateFault(
-                f"a column is empty (null) (`{turn.template.where}`: {turn.template.shown})"
-            )
+                f"{fault} (`{turn.template.where}`: {turn.template.shown})"
+            ) from None
         text = str(found)
         if not text.strip() and turn.role in ("assistant", "chosen", "rejected"):
             raise TemplateFault(

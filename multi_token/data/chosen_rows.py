@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset
 
 from multi_token.checkpoint.atomic import atomic_file
+from multi_token.data.files.npy import with_labels
 from multi_token.data.files.open import PartOfRows, resolve_files
 from multi_token.data.parallel import pass_console, read_parallel
 from multi_token.data.row_templates import RowCondition, TemplateFault
@@ -45,14 +46,15 @@ def chosen_rows(
         rows: All rows.
         condition: The condition.
         name: Name of the rows, for messages.
-        folder: Folder that remembers a choice that took over 5 s; None: none does.
+        folder: Folder that remembers a choice that took over 5 s; None: none does. A choice of a
+            folder of media files is not remembered.
         num_readers: Number of data workers for a number of rows.
 
     Raises:
         RowError: a row lacks a column of the condition.
         MultiTokenError: the condition holds for no row.
     """
-    place = None if folder is None else folder / f"{_digest(rows, condition, name)}.npy"
+    place = None if folder is None else _place(rows, condition, name, folder)
     found = None
     if place is not None:
         found = broadcast_from_main(lambda: np.load(place) if place.is_file() else None)
@@ -61,9 +63,7 @@ def chosen_rows(
         found = _look(_Parts(_with_columns(rows, condition), condition, name), num_readers)
         worth = time.monotonic() - start > _WORTH_STORING_S
         if place is not None and worth and is_main_process():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(place) as partial, partial.open("wb") as file:
-                np.save(file, found)
+            _store(found, place)
     if not len(found):
         raise MultiTokenError(
             f"no row of {name} is left: `where: {condition.text}` holds for none of {len(rows):,}"
@@ -77,11 +77,11 @@ def chosen_in_file(
 ) -> PartOfRows:
     """As `chosen_rows`, for a file of a stream: any process looks, and all remember in `folder`.
 
-    The choice may be empty. Raises MultiTokenError.
+    `path` may be a folder. The choice may be empty. Raises MultiTokenError.
     """
     # not collective: data workers open files of a stream, each at its own time
-    place = folder / f"{_digest(rows, condition, str(path))}.npy"
-    if place.is_file():
+    place = _place(rows, condition, str(path), folder)
+    if place is not None and place.is_file():
         found = np.load(place)
     else:
         parts = _Parts(_with_columns(rows, condition), condition, str(path))
@@ -92,9 +92,8 @@ def chosen_in_file(
                 raise MultiTokenError(str(part))
             each.append(part)
         found = np.concatenate(each)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(place) as partial, partial.open("wb") as file:
-            np.save(file, found)
+        if place is not None:
+            _store(found, place)
     return PartOfRows(rows, array("q", found.tobytes()), str(path))
 
 
@@ -177,9 +176,22 @@ def _with_columns(rows: Sequence[Row], condition: RowCondition) -> Sequence[Row]
     return cast(Any, rows).select_columns(sorted(wanted))
 
 
-def _digest(rows: Sequence[Row], condition: RowCondition, name: str) -> str:
-    """Digest of all that the choice depends on: files with size and time, and the condition."""
-    files = resolve_files(name) or []
+def _place(rows: Sequence[Row], condition: RowCondition, name: str, folder: Path) -> Path | None:
+    """Return the file of a choice, named by all that it depends on; None where that is unknown."""
+    parts = []
+    while isinstance(rows, PartOfRows):
+        parts.append(repr(rows.indices))
+        rows = rows.rows
+    fingerprint = getattr(rows, "_fingerprint", None)
+    files = [file for row_file in resolve_files(name) or [] for file in with_labels(row_file)]
+    if fingerprint is None and not files:
+        return None  # media and texts of a folder: a stamp of each would cost as much as to look
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    facts = (name, condition.text, len(rows), getattr(rows, "_fingerprint", ""), stamps)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    facts = (name, condition.text, len(rows), parts, fingerprint, stamps)
+    return folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npy"
+
+
+def _store(found: NDArray[np.int64], place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(place) as partial, partial.open("wb") as file:
+        np.save(file, found)

@@ -154,9 +154,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(
-        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
-    )
+    environment = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written)
     environment.filters |= {
         "fromjson": _from_json,
         "fromliteral": _from_literal,
@@ -215,11 +213,34 @@ def _compile_condition(text: str) -> Callable[[Mapping[str, Any]], Any]:
     return _valued(_environment().compile_expression(text, undefined_to_none=False))
 
 
-def _not_null(value: Any) -> Any:
+@pass_context
+def _written(context: Any, value: Any) -> Any:
+    check_text(value, context.get("row", {}))
+    return value
+
+
+def check_text(value: Any, row: Mapping[str, Any]) -> None:
+    """Refuse a value of a row whose text would be Python's spelling of it. Raises TemplateFault."""
     # a null column of a table would be written as the word None
     if value is None:
         raise TemplateFault("a column is empty (null)")
-    return value
+    if isinstance(value, (bytes, bytearray)):
+        raise TemplateFault("a value is bytes, which are no text; name a column of texts")
+    if not isinstance(value, Mapping) and as_list(value) is None:
+        return
+    column = next((name for name, given in row.items() if given is value), "COLUMN")
+    raise TemplateFault(
+        f"a value is {type_name(value)}, which is no text; name the entry that is meant in "
+        f'`turns`, such as `{{assistant: "{{{{ {column}{_first_entry(value)} }}}}"}}`'
+    )
+
+
+def _first_entry(value: Any) -> str:
+    """Return how a template names the first entry of a value, such as `.text[0]`."""
+    if isinstance(value, Mapping):
+        return next((f".{key}{_first_entry(entry)}" for key, entry in value.items()), "")
+    items = as_list(value)
+    return f"[0]{_first_entry(items[0])}" if items else ""
 
 
 def draw(of: str, num: int) -> int:
@@ -229,24 +250,40 @@ def draw(of: str, num: int) -> int:
 
 @pass_context
 def _pick(context: Any, value: Any) -> Any:
-    """One of a list, drawn by the seed and the row; any other value as it is."""
+    """One of a list, drawn by the seed and the row; any other value as it is.
+
+    Of objects with a `raw` text, as data sets of COCO's captions have them, that one counts.
+    """
+    value = _entry(value, "raw")
     items = as_list(value)
     if items is None:
         return value
     if not items:
         raise TemplateFault("`pick` got an empty list")
-    return items[draw(f"{context.get(DRAW, '')} pick", len(items))]
+    return _entry(items[draw(f"{context.get(DRAW, '')} pick", len(items))], "raw")
 
 
-def _common(value: Any) -> Any:
+def _entry(value: Any, *keys: str) -> Any:
+    """Return the entry of an object under the first of `keys` it has; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    return next((value[key] for key in keys if value.get(key) is not None), value)
+
+
+@pass_context
+def _common(context: Any, value: Any) -> Any:
     """The most common of a list, the first of several; any other value as it is.
 
-    Of objects with an `answer`, as VQA data sets have them, that one counts.
+    Of objects with an `answer`, as VQA data sets have them, or a `text`, as in SQuAD, that one
+    counts.
     """
+    value = _entry(value, "text")
     items = as_list(value)
     if items is None:
         return value
-    items = [item["answer"] if isinstance(item, Mapping) else item for item in items]
+    items = [_entry(item, "answer", "text") for item in items]
+    if any(isinstance(item, Mapping) for item in items):
+        check_text(value, context.get("row", {}))
     if not items:
         raise TemplateFault("`common` got an empty list")
     return Counter(items).most_common(1)[0][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 
@@ -10,6 +11,10 @@ from multi_token.media.errors import DAMAGE, undecodable
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
+_PADDING = re.compile(rb"\0*(?=\x1f\x8b)")
+"""Zeros before a member of a gzip file."""
+_BLOCK = 1 << 13
+"""Packed bytes that are unpacked together: the least that a member, however small, costs."""
 
 
 def gunzip(data: bytes, label: str, max_bytes: int) -> bytes:
@@ -20,16 +25,20 @@ def gunzip(data: bytes, label: str, max_bytes: int) -> bytes:
     if not data.startswith(GZIP_MAGIC):
         return data
     pieces: list[bytes] = []
-    num_left = max_bytes + 1
+    at, num_left = 0, max_bytes + 1
     try:
-        # A file may have several members, as those of bgzip do.
-        while data.startswith(GZIP_MAGIC) and num_left > 0:
+        # A file may have several members, as those of bgzip do: thousands, of some KiB each.
+        while num_left > 0 and (padding := _PADDING.match(data, at)):
+            at = padding.end()
             unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-            pieces.append(unpacker.decompress(data, num_left))
-            num_left -= len(pieces[-1])
-            if num_left > 0 and not unpacker.eof:
-                raise zlib.error("its end is missing")
-            data = unpacker.unused_data.lstrip(b"\0")
+            while num_left > 0 and not unpacker.eof:
+                # In blocks: `unused_data` is a copy of what is given beyond the member's end.
+                block = data[at : at + _BLOCK]
+                if not block:
+                    raise zlib.error("its end is missing")
+                pieces.append(unpacker.decompress(block, num_left))
+                num_left -= len(pieces[-1])
+                at += len(block) - len(unpacker.unused_data)
     except zlib.error as error:
         raise undecodable(
             f"{label} is a gzip file that is truncated or damaged ({error}); copy or download it "

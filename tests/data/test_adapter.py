@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from multi_token.data.formats import to_conversation
@@ -183,6 +184,30 @@ def test_a_null_column_is_no_word_none() -> None:
     assert "row r: a column is empty (null) (`turns.1.assistant`: It is {{ a }}.)" in message
 
 
+def test_an_object_or_a_list_is_no_text() -> None:
+    row = {"instruction": "Name two.", "output": ["x", "y"]}
+    assert refusal(row) == (
+        "row r: a value is a list, which is no text; name the entry that is meant in `turns`, such "
+        'as `{assistant: "{{ output[0] }}"}` (`format: alpaca.1.assistant`: {{ output }})'
+    )
+    answer = {"text": ["Paris"], "answer_start": [3]}
+    turns = [{"user": "<image>?"}, {"assistant": "It is {{ answers }}."}]
+    message = refusal({"image": "a.png", "answers": answer}, turns=turns)
+    assert "a value is an object with the fields text, answer_start, which is no text" in message
+    assert '`{assistant: "{{ answers.text[0] }}"}` (`turns.1.assistant`: ' in message
+    row = {"image": "a.png", "question": "Where?", "answers": [{"value": "Paris"}]}
+    assert '`{assistant: "{{ answers[0].value }}"}`' in refusal(row)
+    assert "a value is bytes" in refusal({"image": "a.png", "text": b"a cat"})
+
+
+def test_presets_read_the_answers_of_squad_and_the_captions_of_coco() -> None:
+    row = {"image": "a.png", "question": "Where?", "answers": {"text": ["Paris"], "start": [3]}}
+    assert shown(read(row)).endswith("Where? | assistant: Paris")
+    for sentences in ({"raw": "A cat.", "tokens": ["a", "cat"]}, [{"raw": "A cat.", "sentid": 1}]):
+        found = read({"image": "a.png", "sentences": sentences})
+        assert shown(found).endswith("assistant: A cat.")
+
+
 def test_a_template_that_fails_names_the_row_and_the_expression() -> None:
     turns = [{"user": "<image>What?"}, {"assistant": "{{ (a | fromjson).b }}"}]
     message = refusal({"image": "a.png", "a": "{oops"}, turns=turns)
@@ -338,3 +363,57 @@ def test_where_leaves_rows_of_a_stream_out_and_is_remembered_by_file(tmp_path: P
     wrong = ChosenRows(RowCondition("flod == 1"), tmp_path / "where")
     with pytest.raises(MultiTokenError, match=r"no column 'flod': did you mean 'fold'"):
         open_stream(str(path), choose=wrong).row(0)
+
+
+def test_parts_of_one_split_each_remember_their_own_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from multi_token.data import chosen_rows
+
+    monkeypatch.setattr(chosen_rows, "_WORTH_STORING_S", -1.0)
+    rows = [{"image": f"{i}.png", "text": "x", "fold": i % 4 if i < 4 else 0} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = str(tmp_path / "run")
+    for _ in range(2):
+        for split, expected in (("train[:4]", [0]), ("train[4:]", [4, 5, 6, 7])):
+            fields = {"rows": str(tmp_path / "rows.jsonl"), "where": "fold == 0", "split": split}
+            source = validate_fields(DataSource, fields, where="source")
+            found = open_rows(source, PHOTO, run=run).rows
+            ids = [to_conversation(row, PHOTO, row_id="").id for row in found]
+            assert ids == [f"rows.jsonl[{i}]" for i in expected]
+    assert len(list((tmp_path / "run" / "where").iterdir())) == 2, "both are remembered"
+
+
+def test_a_choice_of_a_media_folder_is_looked_for_again(tmp_path: Path) -> None:
+    from multi_token.data.row_stream import ChosenRows, open_stream
+    from multi_token.data.row_templates import RowCondition
+
+    for split, texts in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (tmp_path / "photos" / split / f"{number}.jpg").touch()
+            (tmp_path / "photos" / split / f"{number}.txt").write_text(text)
+
+    def image(split: str) -> str:
+        choose = ChosenRows(RowCondition("text == 'cat'"), tmp_path / "where")
+        stream = open_stream(str(tmp_path / "photos"), split=split, choose=choose)
+        return stream.row(0).row["image"]
+
+    assert [image("train"), image("test")] == ["train/0.jpg", "test/1.jpg"]
+    (tmp_path / "photos" / "train" / "0.txt").write_text("cow")
+    (tmp_path / "photos" / "train" / "1.txt").write_text("cat")
+    assert image("train") == "train/1.jpg"
+
+
+def test_a_choice_of_vectors_is_looked_for_again_after_their_labels_changed(
+    tmp_path: Path,
+) -> None:
+    from multi_token.data.row_stream import ChosenRows, open_stream
+    from multi_token.data.row_templates import RowCondition
+
+    np.save(tmp_path / "v.npy", np.array([[1.0], [2.0]]))
+    choose = ChosenRows(RowCondition("label == 'cat'"), tmp_path / "where")
+    for labels, expected in (("cat\ndog\n", 1.0), ("doggy\ncat\n", 2.0)):
+        (tmp_path / "v.txt").write_text(labels)
+        stream = open_stream(str(tmp_path / "v.npy"), choose=choose)
+        assert stream.row(0).row["vector"].tolist() == [expected]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import multiprocessing
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pyarrow import feather
 
 from multi_token.data.files import csv as csv_rows
 from multi_token.data.files.arrow import ArrowRows
+from multi_token.data.files.index import stored_index
 from multi_token.data.files.open import load_rows
 from multi_token.data.row_stream import open_stream
 from multi_token.errors import MultiTokenError, RowError
@@ -78,6 +81,16 @@ def test_a_tsv_file_of_common_voice_keeps_its_quotes(tmp_path: Path) -> None:
     assert [row["sentence"] for row in rows] == ["two\nlines"]
 
 
+def test_an_open_quote_of_a_tsv_file_does_not_swallow_the_rows_after_it(tmp_path: Path) -> None:
+    sentences = ['"Hello he said', "middle", 'bye"', "x"]
+    lines = [f"{i}.mp3\t{sentence}\t2\n" for i, sentence in enumerate(sentences)]
+    rows = load_rows(write(tmp_path / "train.tsv", "path\tsentence\tup\n" + "".join(lines)))
+    assert [row["sentence"] for row in rows] == sentences
+    text = 'path\tsentence\na.mp3\t"a\ttab"\nb.mp3\t"and\nlines"\n'
+    rows = load_rows(write(tmp_path / "quoted.tsv", text))
+    assert [row["sentence"] for row in rows] == ["a\ttab", "and\nlines"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -125,6 +138,28 @@ def test_the_index_of_a_large_csv_file_is_built_once(
     assert list(load_rows(file)) == first and not scans
     write(tmp_path / "ptbxl.csv", PTB_XL + "3,1.0,a,b,c,1\n")
     assert len(load_rows(file)) == 3 and scans
+
+
+def test_processes_that_start_together_build_one_index(tmp_path: Path) -> None:
+    file, built = Path(write(tmp_path / "a.csv", "a\n1\n")), tmp_path / "built"
+
+    def build(path: Path) -> dict[str, np.ndarray]:
+        with built.open("a") as out:
+            out.write("x")
+        time.sleep(0.2)
+        return {"starts": np.arange(3)}
+
+    def start() -> None:
+        assert stored_index(file, "test", build)["starts"].tolist() == [0, 1, 2]
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=start) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert built.read_text() == "x"
 
 
 def arrow(path: Path, **options: Any) -> str:
@@ -192,6 +227,19 @@ def test_an_array_of_vectors_has_the_labels_of_a_file_beside_it(
     np.save(tmp_path / "v.npy", np.zeros((4, 2), np.float32))
     with pytest.raises(MultiTokenError, match=rf"4 vectors, but v{suffix} beside it has 3 rows"):
         load_rows(str(tmp_path / "v.npy"))
+
+
+def test_labels_of_vectors_end_at_line_breaks_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.zeros((4, 2)))
+    labels = ["a\u2028b", "", "c\x0cd\x85", "größe"]
+    for text in ("\n".join(labels), "\r\n".join([*labels, ""]), "\ufeff" + "\n".join(labels)):
+        write(tmp_path / "v.txt", text)
+        assert [row["label"] for row in load_rows(str(tmp_path / "v.npy"))] == labels
+    write(tmp_path / "v.txt", "a\nb\ngröße\nd".encode("latin-1"))
+    rows = load_rows(str(tmp_path / "v.npy"))
+    assert rows[3]["label"] == "d"
+    with pytest.raises(RowError, match=r"line 3 of .*v.txt is not UTF-8 \(byte 0xf6\)"):
+        rows[2]
 
 
 def test_an_array_of_another_shape_or_with_two_label_files_is_refused(tmp_path: Path) -> None:

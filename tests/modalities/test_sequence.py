@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers as hf
 
 from multi_token.errors import MediaError, RecipeError
 from multi_token.media.fetch import Fetch
+from multi_token.media.unpack import gunzip
 from multi_token.modalities.sequence import SequenceModality
 from multi_token.registry import validate_fields
 from multi_token.testing.encoders import tiny_protein_encoder, tiny_sentence_encoder
@@ -76,6 +79,14 @@ def test_texts_and_records_of_fasta_files_are_read(encoder: str, tmp_path: Path)
         assert load(source, encoder) == "MKTAYIAKQR"
     assert load("mkt", encoder, upper_case=True) == "MKT"
     assert load("CC(=O)OC1=CC=CC=C1C(=O)O.[Na+]", encoder) == "CC(=O)OC1=CC=CC=C1C(=O)O.[Na+]"
+
+
+def test_the_time_to_unpack_members_of_gzip_grows_with_their_number() -> None:
+    member = random.Random(0).randbytes(4000)
+    packed = (gzip.compress(member) + bytes(3)) * 5000
+    start = time.process_time()
+    assert gunzip(packed, "a.gz", 1 << 30) == member * 5000
+    assert time.process_time() - start < 0.8, "20 MB"
 
 
 def test_the_number_of_features_is_known_from_the_letters(encoder: str) -> None:

@@ -45,7 +45,7 @@ class CsvRows(IndexedRows):
         self.path = path.absolute()
         self.delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
         large = self.path.stat().st_size >= _LARGE
-        index = stored_index(self.path, "csv1", self._index) if large else self._index(self.path)
+        index = stored_index(self.path, "csv2", self._index) if large else self._index(self.path)
         self.starts, self.lines = index["starts"], index["lines"]
         self.quoting = int(index["quoting"][0])
         self.columns = self._columns(self.path)
@@ -142,11 +142,16 @@ class CsvRows(IndexedRows):
             return self._scan(path, csv.QUOTE_NONE)[0]
         if is_regular or self.delimiter != "\t":
             return index
+        # two quotes without end look like one long field, and the rows between them like its lines
         plain, is_regular = self._scan(path, csv.QUOTE_NONE)
         return plain if is_regular else index
 
     def _scan(self, path: Path, quoting: int) -> tuple[Index, bool]:
-        """Read a file once -> (index, True if all records have the columns of the header)."""
+        """Read a file once -> (index, True if it is regular).
+
+        All records of a regular file have the columns of the header, and no field holds a line
+        break or delimiter.
+        """
         starts, line_numbers = array("q"), array("q")
         num_columns, at, reported, is_regular = len(self.columns), 0, 0, True
         candidates = list(range(num_columns))
@@ -183,6 +188,8 @@ class CsvRows(IndexedRows):
                     continue
                 starts.append(start)
                 line_numbers.append(line_number)
+                if reader.line_num > line_number or self.delimiter in "".join(fields):
+                    is_regular = False
                 if len(fields) != num_columns:
                     is_regular = False
                 elif candidates:
