@@ -147,8 +147,8 @@ def test_memory_that_cuda_itself_lacks_counts_as_out_of_memory() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All that this process, one of two, tells the other, which has no fault."""
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that this process, one of two, sends to the other, which has no fault."""
     found: list[Any] = []
 
     def gather(values: list[Any], own: Any) -> None:
@@ -167,8 +167,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_a_bad_row_of_a_reference_is_told_to_other_processes_before_it_is_raised(
-    told: list[Any],
+def test_a_bad_row_of_a_reference_is_sent_to_other_processes_before_it_is_raised(
+    sent: list[Any],
 ) -> None:
     bad = RowError("image: 6.jpg is truncated", kind="undecodable", row_id="row 6")
     trainer: Any = SimpleNamespace(
@@ -179,7 +179,7 @@ def test_a_bad_row_of_a_reference_is_told_to_other_processes_before_it_is_raised
     pairs: Any = [0, 1]
     with pytest.raises(RowError, match="row 6: image: 6.jpg is truncated"):
         reference_module._compute_reference(trainer, pairs, Console(quiet=True))
-    assert [type(each) for each in told] == [RowError]
+    assert [type(each) for each in sent] == [RowError]
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -231,9 +231,9 @@ def save_stage(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("save", [save_reference, save_run, save_closed_form, save_stage])
-def test_a_full_disk_of_the_main_process_is_told_to_other_processes_before_it_is_raised(
-    told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Any
+def test_a_full_disk_of_the_main_process_is_sent_to_other_processes_before_it_is_raised(
+    sent: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Any
 ) -> None:
     with pytest.raises(CheckpointError, match="could not be written: No space left on device"):
         save(tmp_path, monkeypatch)
-    assert [type(each) for each in told] == [CheckpointError]
+    assert [type(each) for each in sent] == [CheckpointError]
