@@ -98,6 +98,23 @@ def all_gather(value: T) -> list[T]:
     return found
 
 
+@contextmanager
+def raise_together() -> Iterator[None]:
+    """Raise a MultiTokenError of this block in all processes; collective, at the end of the block.
+
+    One that raised alone would leave the others waiting in the next collective. The block itself
+    holds no collective, or the others would wait in that one.
+    """
+    own: MultiTokenError | None = None
+    try:
+        yield
+    except MultiTokenError as error:
+        own = error
+    for error in all_gather(own):
+        if error is not None:
+            raise error
+
+
 def all_reduce_sum(total: Tensor) -> None:
     """Add the tensors of all processes, in place."""
     if num_processes() > 1:

@@ -14,6 +14,14 @@ from multi_token.errors import MultiTokenError
 
 _AGAIN_S = 300.0
 """Time after which a hub that did not answer is asked again, as a run of days may need it."""
+_OF_THE_HUB = {
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "TransportError",
+    "TimeoutError",
+    "ConnectionError",
+}
+"""Names of the errors, or of their base classes, that a hub which does not answer leads to."""
 
 
 class HubSilence:
@@ -62,7 +70,8 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
         error: Class of the error.
 
     Raises:
-        error: The hub did not answer, and the cache has not all files.
+        error: The hub did not answer, and the cache has not all files. Faults of another kind
+            are raised as they are.
     """
     _limit_sessions()
     try:
@@ -70,7 +79,7 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
     except MultiTokenError:
         raise
     except Exception as fault:
-        if SILENCE.left_s():
+        if SILENCE.left_s() or not _is_of_the_hub(fault):
             raise
         from huggingface_hub import constants
 
@@ -79,6 +88,23 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
             "not complete in this machine's cache; check the network, set HF_ENDPOINT to a hub "
             "that answers, or name a local folder. With HF_HUB_OFFLINE=1 nothing is asked of a hub"
         ) from fault
+
+
+def _is_of_the_hub(fault: BaseException) -> bool:
+    """True if a fault, or one that led to it, is that a hub does not answer or a file is missing.
+
+    Others (no memory, a full disk, an unknown model) stay what they are, however silent the hub.
+    """
+    waiting, seen = [fault], set[int]()
+    while waiting:
+        each = waiting.pop()
+        seen.add(id(each))
+        # by name: the HTTP library of huggingface_hub is httpx or httpx2, by its version
+        if any(kind.__name__ in _OF_THE_HUB for kind in type(each).__mro__):
+            return True
+        before = (each.__cause__, each.__context__)
+        waiting += [e for e in before if e is not None and id(e) not in seen]
+    return False
 
 
 def _limit_sessions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import close_session
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from multi_token import hub
 from multi_token.checkpoint.hub import local_folder
 from multi_token.data.files.hub import load_hub, stream_hub
 from multi_token.errors import MultiTokenError
-from multi_token.hub import HubSilence
+from multi_token.hub import HubSilence, limited_hub_waits
 from multi_token.language_model.loading import load_language_model, load_tokenizer
 from multi_token.modalities.base import load_auto
 
@@ -115,6 +118,42 @@ def test_the_wait_counts_once_in_many_threads_and_ends_with_an_answer() -> None:
     assert silence.waited_s == pytest.approx(10, abs=1)
     silence.end()
     assert silence.left_s() == 60.0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        ValueError("Unrecognized model in /local/folder"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["memory", "unknown model", "full disk"],
+)
+def test_a_fault_that_is_not_of_the_hub_stays_as_it_is_while_the_hub_is_silent(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SILENCE", HubSilence(0.0))
+    with pytest.raises(type(fault)) as caught, limited_hub_waits("/local/folder"):
+        raise fault
+    assert caught.value is fault
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OfflineModeIsEnabled("hub does not answer"),
+        LocalEntryNotFoundError("not in the cache"),
+        TimeoutError("timed out"),
+        ConnectionResetError(errno.ECONNRESET, "reset by peer"),
+    ],
+)
+def test_a_fault_that_a_silent_hub_caused_names_the_hub(
+    cause: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SILENCE", HubSilence(0.0))
+    sentence = "ada/seer is not complete"
+    with pytest.raises(MultiTokenError, match=sentence), limited_hub_waits("ada/seer"):
+        raise OSError("cannot load the tokenizer") from cause
 
 
 @pytest.mark.slow

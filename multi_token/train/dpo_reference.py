@@ -29,10 +29,10 @@ from multi_token.checkpoint.atomic import atomic_file
 from multi_token.data.sources import TrainingSource, build_dataset
 from multi_token.distributed import (
     all_gather,
-    barrier,
     broadcast_from_main,
     is_main_process,
     num_processes,
+    raise_together,
     rank,
 )
 from multi_token.errors import RecipeError
@@ -140,12 +140,11 @@ def _load_or_compute(
     folder = file.parent
     if not broadcast_from_main(file.is_file):
         logps, lengths = _compute_reference(trainer, pairs, console)
-        if is_main_process():
-            with raise_on_write_error(folder):
+        with raise_together(), raise_on_write_error(folder):
+            if is_main_process():
                 tensors = {"logps": logps, "lengths": lengths}
                 with atomic_file(file) as partial:
                     save_file(tensors, partial, metadata={"rows": _rows_fingerprint(pairs)})
-        barrier()
     with safe_open(file, framework="pt") as stored:
         known = (stored.metadata() or {}).get("rows")
         if known != _rows_fingerprint(pairs):
@@ -186,6 +185,7 @@ def _compute_reference(
     try:
         # a run that reads the file instead has to draw the same random numbers afterwards
         with (
+            raise_together(),
             preserve_rng_state(),
             Progress(
                 *columns, console=console, disable=not console.is_terminal, transient=True

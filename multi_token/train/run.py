@@ -17,10 +17,10 @@ from multi_token.data.sources import good_rows
 from multi_token.data.streaming import without_media
 from multi_token.distributed import (
     all_gather,
-    barrier,
     broadcast_from_main,
     is_main_process,
     peer_errors,
+    raise_together,
 )
 from multi_token.errors import RecipeError
 from multi_token.model import MultiTokenForConditionalGeneration
@@ -127,10 +127,9 @@ def run_stages(run: Run) -> MultiTokenForConditionalGeneration:
             cast_frozen_encoders(run.model, run.recipe.train, stage.args)
             run.evaluation.detach(run.model)
             gc.collect()  # the trainer and its callbacks refer to each other
-    if is_main_process():
-        with raise_on_write_error(folder):
+    with raise_together(), raise_on_write_error(folder):
+        if is_main_process():
             save(run.model, folder)
-    barrier()
     if is_sharded(run.recipe.train):
         args = run.stages[-1].args
         FsdpShards(run.model, args.device, bf16=args.mixed_precision == "bf16")
@@ -169,11 +168,10 @@ def closed_form_stage(run: Run) -> None:
                 highlight=False,
             )
     folder = closed_form_folder(run.recipe)
-    if is_main_process():
-        with raise_on_write_error(folder):
+    with raise_together(), raise_on_write_error(folder):
+        if is_main_process():
             save(model, folder)
             mark_done(folder, {})
-    barrier()
     if not is_main_process():
         # another machine may round sums otherwise, and projectors have to be equal everywhere
         load_trained(model, folder)

@@ -17,10 +17,10 @@ from multi_token.data.sources import TrainingSource, num_readers
 from multi_token.data.streaming import NUM_TRIED_ITEMS, StreamDataset
 from multi_token.distributed import (
     all_gather,
-    barrier,
     broadcast_from_main,
     is_main_process,
     num_processes,
+    raise_together,
 )
 from multi_token.encoders import attach_lora, find_unused_parameters, gradients_enabled
 from multi_token.errors import Interrupted
@@ -233,10 +233,9 @@ def fit(run: Run, stage: StageRun) -> None:
             f"({best:.4g}), and is the stage's result",
             highlight=False,
         )
+    trainer.save_result(folder / "result")
     # the mark comes last: a stage counts as done only with its result on the disk
-    with raise_on_write_error(folder):
-        trainer.save_result(folder / "result")
+    with raise_together(), raise_on_write_error(folder):
         if is_main_process():
             wait = trainer.step_metrics.data_wait
             mark_done(folder, {"log_history": trainer.state.log_history, "data_wait": wait})
-    barrier()

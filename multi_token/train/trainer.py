@@ -21,10 +21,10 @@ from transformers import Trainer
 from multi_token.checkpoint.load import load_trained
 from multi_token.checkpoint.save import save
 from multi_token.distributed import (
-    barrier,
     broadcast_from_main,
     is_main_process,
     num_processes,
+    raise_together,
 )
 from multi_token.errors import CheckpointError, LanguageModelError, MultiTokenError, RecipeError
 from multi_token.language_model.forward import base_language_model
@@ -53,6 +53,7 @@ from multi_token.train.resume import (
     check_same_batching,
     prune_checkpoints,
     raise_on_read_error,
+    raise_on_write_error,
 )
 from multi_token.train.training_args import checkpointing_options, mixed_precision
 
@@ -354,13 +355,16 @@ class MultiTokenTrainer(Trainer):
     # ---- checkpoints
 
     def save_result(self, folder: str | Path) -> None:
-        """Write the trained model into a folder; collective, the main process writes."""
+        """Write the trained model into a folder; collective, the main process writes.
+
+        Raises CheckpointError in all processes if the folder cannot be written.
+        """
         self.finish_step_check()
         check_weights_finite(self.multi_token_model, self.state.global_step)
         if self.sharding is not None:
             self.sharding.gather()
-        self._save(str(folder))
-        barrier()
+        with raise_together(), raise_on_write_error(Path(folder)):
+            self._save(str(folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

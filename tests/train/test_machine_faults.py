@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from multi_token import cli
-from multi_token.errors import MultiTokenError
+from multi_token.errors import CheckpointError, MultiTokenError, RowError
 from multi_token.model import MultiTokenForConditionalGeneration
+from multi_token.train import dpo_reference as reference_module
+from multi_token.train import run as run_module
+from multi_token.train import trainer as trainer_module
+from multi_token.train.metrics import ROW_IDS
 from multi_token.train.plan.oom import is_out_of_memory
 from multi_token.train.resume import last_checkpoint
 from multi_token.train.trainer import MultiTokenTrainer
@@ -138,3 +144,96 @@ def test_memory_that_cuda_itself_lacks_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"))
     assert not is_out_of_memory(torch.AcceleratorError(LOST))
     assert not is_out_of_memory(MultiTokenError("CUDA error: out of memory"))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that this process, one of two, tells the other, which has no fault."""
+    found: list[Any] = []
+
+    def gather(values: list[Any], own: Any) -> None:
+        found.append(own)
+        values[:] = [own, None if own is None or isinstance(own, Exception) else own]
+
+    for name, answer in (
+        ("is_initialized", lambda: True),
+        ("get_world_size", lambda: 2),
+        ("get_rank", lambda: 0),
+        ("barrier", lambda: None),
+        ("all_gather_object", gather),
+        ("broadcast_object_list", lambda _: None),
+    ):
+        monkeypatch.setattr(torch.distributed, name, answer)
+    return found
+
+
+def test_a_bad_row_of_a_reference_is_told_to_other_processes_before_it_is_raised(
+    told: list[Any],
+) -> None:
+    bad = RowError("image: 6.jpg is truncated", kind="undecodable", row_id="row 6")
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(per_device_train_batch_size=1, dataloader_num_workers=0),
+        model=torch.nn.Linear(1, 1),
+        data_collator=lambda _: {ROW_IDS: [bad]},
+    )
+    pairs: Any = [0, 1]
+    with pytest.raises(RowError, match="row 6: image: 6.jpg is truncated"):
+        reference_module._compute_reference(trainer, pairs, Console(quiet=True))
+    assert [type(each) for each in told] == [RowError]
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def save_reference(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    computed = lambda *_: (torch.zeros(1, 2), torch.zeros(1, 2))  # noqa: E731
+    patch.setattr(reference_module, "_compute_reference", computed)
+    patch.setattr(reference_module, "save_file", full_disk)
+    pairs: Any = SimpleNamespace(samples=SimpleNamespace(datasets=[]))
+    trainer: Any = None
+    reference_module._load_or_compute(trainer, pairs, folder / "reference", Console(quiet=True))
+
+
+def save_run(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(run_module, "is_done", lambda _: True)
+    patch.setattr(run_module, "save", full_disk)
+    train = SimpleNamespace(output_dir=str(folder))
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(train=train), stream=None, stages=[], model=None
+    )
+    run_module.run_stages(run)
+
+
+def save_closed_form(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(run_module, "find_items", lambda *_: {})
+    patch.setattr(run_module, "save", full_disk)
+    train = SimpleNamespace(output_dir=str(folder), closed_form=None)
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(train=train),
+        model=SimpleNamespace(modalities=[]),
+        initialized=[],
+        console=Console(quiet=True),
+    )
+    run_module.closed_form_stage(run)
+
+
+def save_stage(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "check_weights_finite", lambda *_: None)
+    trainer: Any = SimpleNamespace(
+        finish_step_check=lambda: None,
+        multi_token_model=None,
+        state=SimpleNamespace(global_step=1),
+        sharding=None,
+        _save=full_disk,
+    )
+    trainer_module.MultiTokenTrainer.save_result(trainer, folder / "result")
+
+
+@pytest.mark.parametrize("save", [save_reference, save_run, save_closed_form, save_stage])
+def test_a_full_disk_of_the_main_process_is_told_to_other_processes_before_it_is_raised(
+    told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Any
+) -> None:
+    with pytest.raises(CheckpointError, match="could not be written: No space left on device"):
+        save(tmp_path, monkeypatch)
+    assert [type(each) for each in told] == [CheckpointError]
