@@ -292,7 +292,7 @@ def resolve(
             raise MultiTokenError(
                 "`format: summaries` needs exactly one modality that takes documents"
             )
-        media[name] = '{{ {"text": ' + _reference(columns.pop("document")) + "} }}"
+        media[name] = '{{ {"text": ' + reference(columns.pop("document")) + "} }}"
     each = columns.pop("pairs", None) if preset.each else None
     words = {**columns}
     turns = tuple((role, _with_columns(text, preset, words)) for role, text in preset.turns)
@@ -322,13 +322,14 @@ def _with_columns(text: str, preset: Preset, columns: Mapping[str, str]) -> str:
         word = match[0]
         if word not in known:
             return word
-        return _reference(columns[word]) if word in columns else "none"
+        return reference(columns[word]) if word in columns else "none"
 
     # words are in `{{ }}` and `{% %}` only
     return re.sub(r"\{[{%].*?[%}]\}", lambda tag: re.sub(r"(?<!\| )\b[a-z]+\b", put, tag[0]), text)
 
 
-def _reference(column: str) -> str:
+def reference(column: str) -> str:
+    """The column in a Jinja template, also where its name is no identifier."""
     return column if column.isidentifier() else f"row[{column!r}]"
 
 
