@@ -211,12 +211,12 @@ class EncodeRows:
         rows = _rows(batch)
         source = RowSource(rows, self.fetch, _NAME)
         if not self._is_checked:
-            reason = random_preprocessing(
-                sample_items([source], self.modalities)[0], self.modalities
-            )
+            items, _ = sample_items([source], self.modalities)
+            reason = random_preprocessing(items, self.modalities)
             if reason is not None:
                 raise RecipeError(reason)
-            self._is_checked = True
+            # a batch of texts alone shows nothing
+            self._is_checked = bool(items)
         # other actors write into the folder too
         self.cache.refresh()
         report = encode_rows(

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from multi_token.errors import MediaError, MultiTokenError
+from multi_token.errors import MediaError, MultiTokenError, RowError
 from multi_token.registry import did_you_mean
 
 if TYPE_CHECKING:
     from multi_token.data.rows import Row
     from multi_token.media.fetch import Fetch
     from multi_token.modalities.base import Modality
+    from multi_token.recipe.data import DataSource
 
 PARTS: Mapping[str, dict[str, Any]] = {
     "image": {
@@ -43,10 +44,10 @@ PARTS: Mapping[str, dict[str, Any]] = {
     "vector": {"projector": {"type": "expand", "factor": 4}},
 }
 """Type of a modality -> the fields that `init` writes."""
-_TRANSCRIPTS = ("sentence", "transcription", "transcript", "normalized_text", "raw_text", "text")
 _ANSWERS = ("answer", "label", "class", "category", "caption", "report", "description", "text")
 _NUM_ROWS = 8
 _MOST_HELD_OUT = 1000
+_HELD_OUT_EVERY = 20
 _SMALL = 500
 """Rows below which only the projector is trained: an adapter would learn them by heart."""
 
@@ -105,6 +106,8 @@ def init(
         language_model,
     )  # fmt: skip
     recipe = _checked(text, target)
+    for one in (*recipe.data.train, *recipe.data.eval):
+        _check_rows(one, {name: _light(found)})
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     held_out = recipe.data.eval[0]
@@ -167,6 +170,7 @@ def find_modality(
 
 def _candidates(rows: Sequence[Row], columns: Sequence[str], fetch: Fetch) -> Iterator[Found]:
     """Yield modalities that the columns may be, the most certain first."""
+    from multi_token.data.presets import PRESETS
     from multi_token.modalities.base import USUAL_COLUMNS
 
     usual = {name: kind for kind, names in USUAL_COLUMNS.items() for name in names}
@@ -176,7 +180,7 @@ def _candidates(rows: Sequence[Row], columns: Sequence[str], fetch: Fetch) -> It
         value = next((row[column] for row in rows if row.get(column) is not None), None)
         kind = _kind_of(value, usual.get(column), fetch)
         if kind == "audio":
-            is_speech = any(name in texts for name in _TRANSCRIPTS)
+            is_speech = any(name in texts for name in PRESETS["transcripts"].columns["text"])
             yield Found("speech" if is_speech else "sound", column)
         elif kind is not None:
             yield Found(kind, column)
@@ -248,7 +252,7 @@ def _reading(
     questions: Sequence[str],
 ) -> dict[str, Any]:
     """Return the keys of a source that make conversations of the columns."""
-    from multi_token.data.presets import choose_format, resolve
+    from multi_token.data.presets import choose_format, reference, resolve
 
     row = max(rows, key=lambda row: sum(v is not None for v in row.values()))
     modalities: dict[str, Modality] = {name: _light(found)}
@@ -269,7 +273,8 @@ def _reading(
             f"{did_you_mean(column, list(row)) if column else ''} (the rows have {', '.join(row)})"
         )
     asks = [*questions] or ["What is this?"]
-    turns = [{"user": f"<{name}>\n{{{{ question }}}}"}, {"assistant": f"{{{{ {column} }}}}"}]
+    answers = "{{ " + reference(column) + " }}"
+    turns = [{"user": f"<{name}>\n{{{{ question }}}}"}, {"assistant": answers}]
     return {**keys, "turns": turns, "question": asks}
 
 
@@ -300,9 +305,10 @@ def _text(
 
     from jinja2 import Environment, StrictUndefined
 
-    num_held_out = 0
+    num_held_out, step = 0, 0
     if eval_data is None and eval_split is None:
-        num_held_out = min(_MOST_HELD_OUT, max(1, num_rows // 20))
+        step = _step_of_held_out(num_rows)
+        num_held_out = len(range(0, num_rows, step))
         if num_rows < 2 or "[" in split:
             raise MultiTokenError(
                 f"{num_rows} rows of {split} cannot be parted for held-out rows; give them: --eval "
@@ -322,11 +328,9 @@ def _text(
         "name": name,
         "modality": _lines(found.fields),
         "rows": json.dumps(data),
-        "train_split": json.dumps(f"{split}[:-{num_held_out}]" if num_held_out else split),
+        "train_split": json.dumps(f"{split}[not ::{step}]" if step else split),
         "eval_rows": json.dumps(eval_data or data),
-        "eval_split": json.dumps(
-            eval_split or (f"{split}[-{num_held_out}:]" if num_held_out else "train")
-        ),
+        "eval_split": json.dumps(eval_split or (f"{split}[::{step}]" if step else "train")),
         "reading": _lines(source),
         "max_tokens": 2048,
         "output_dir": json.dumps(str(folder / "run")),
@@ -341,6 +345,15 @@ def _text(
     }
     template = files("multi_token.cli.templates").joinpath("recipe.yaml.jinja").read_text("utf-8")
     return Environment(undefined=StrictUndefined).from_string(template).render(words) + "\n"
+
+
+def _step_of_held_out(num_rows: int) -> int:
+    """Return n, where every n-th row is held out: rows are often sorted by class."""
+    step = max(_HELD_OUT_EVERY, -(-num_rows // _MOST_HELD_OUT))
+    # no small divisor: of rows whose classes take turns, each is met
+    while any(step % number == 0 for number in (2, 3, 5, 7)):
+        step += 1
+    return step
 
 
 def _can_think(language_model: str) -> bool:
@@ -376,6 +389,28 @@ def _checked(text: str, target: Path) -> Any:
     from multi_token.recipe.recipe import parse_recipe
 
     return parse_recipe(text, where=str(target))
+
+
+def _check_rows(source: DataSource, modalities: Mapping[str, Modality]) -> None:
+    """Raise MultiTokenError if none of the first rows of a source can be read."""
+    from multi_token.data.formats import to_conversation
+    from multi_token.data.row_source import open_rows
+    from multi_token.data.rows import row_id_of
+
+    rows = open_rows(source, modalities).rows
+    errors: list[RowError] = []
+    for index in range(min(len(rows), _NUM_ROWS)):
+        try:
+            row = rows[index]
+            to_conversation(row, modalities, row_id=row_id_of(index, row, source.rows))
+            return
+        except RowError as error:  # one bad row is left out in training
+            errors.append(error)
+    raise MultiTokenError(
+        f"the recipe could read none of the first rows of {source.rows}, so it is not written: "
+        f"{errors[0] if errors else 'there are none'}; name the columns: --media COLUMN --answer "
+        "COLUMN"
+    )
 
 
 def _example(data: str, split: str, column: str, fetch: Fetch) -> str | None:

@@ -72,7 +72,7 @@ def serve(
     ),
     engine_step_timeout: float = typer.Option(
         120.0,
-        help="Time that a prefill or decode step of the local engine, or a batch of media in an "
+        help="Time that a prefill or decode step of the local engine, or a part of a media "
         "encoder, may take, in seconds; then /health is 503, and after three times that the server "
         "exits with code 1.",
     ),

@@ -21,7 +21,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+
+import numpy as np
 
 from multi_token.data.shared_prefix import SharedPrefixGroup
 from multi_token.errors import RecipeError
@@ -134,9 +135,8 @@ def balance(plan: PackingPlan, rows: Sequence[int], num_packs: int) -> list[Pack
     Returns None where a row fits nowhere or a pack stays empty.
     """
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    tokens, items = [0] * num_packs, [0] * num_packs
-    # a heap: the emptiest pack changes with every row
-    emptiest = [(0.0, pack) for pack in range(num_packs)]
+    tokens, items = np.zeros(num_packs, np.int64), np.zeros(num_packs, np.int64)
+    loads = np.zeros(num_packs)
     mean_tokens = plan.tokens_of(rows) / num_packs
     mean_items = max(plan.items_of(rows), 1) / num_packs
 
@@ -149,22 +149,19 @@ def balance(plan: PackingPlan, rows: Sequence[int], num_packs: int) -> list[Pack
 
     for row in sorted(rows, key=size, reverse=True):
         length, num = plan.lengths[row], plan.items_of([row])
-        # packs that a row exceeds go back into the heap, for smaller rows
-        tried = []
-        while emptiest:
-            tried.append(heappop(emptiest))
-            pack = tried[-1][-1]
-            if plan.fits(tokens[pack] + length, items[pack] + num):
-                break
-        else:
-            return None
-        tried.pop()
+        pack = int(loads.argmin())
+        if not plan.fits(int(tokens[pack]) + length, int(items[pack]) + num):
+            # all packs at once: a loop would pass by every full pack again for each row
+            fits = tokens <= plan.max_tokens - length
+            if plan.max_items:
+                fits &= items <= plan.max_items - num
+            pack = int(np.where(fits, loads, np.inf).argmin())
+            if not fits[pack]:
+                return None
         packs[pack].append(row)
         tokens[pack] += length
         items[pack] += num
-        tried.append((load(tokens[pack], items[pack]), pack))
-        for entry in tried:
-            heappush(emptiest, entry)
+        loads[pack] = load(int(tokens[pack]), int(items[pack]))
     return [tuple(pack) for pack in packs] if all(packs) else None
 
 

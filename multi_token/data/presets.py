@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multi_token.data.content_parts import media_source
-from multi_token.data.rows import Row, as_list, is_number
+from multi_token.data.row_templates import TemplateFault
+from multi_token.data.rows import Row, as_list, is_number, type_name
 from multi_token.errors import MultiTokenError
 from multi_token.modalities.base import Modality
 
@@ -292,7 +293,7 @@ def resolve(
             raise MultiTokenError(
                 "`format: summaries` needs exactly one modality that takes documents"
             )
-        media[name] = '{{ {"text": ' + _reference(columns.pop("document")) + "} }}"
+        media[name] = '{{ {"text": ' + reference(columns.pop("document")) + "} }}"
     each = columns.pop("pairs", None) if preset.each else None
     words = {**columns}
     turns = tuple((role, _with_columns(text, preset, words)) for role, text in preset.turns)
@@ -322,13 +323,14 @@ def _with_columns(text: str, preset: Preset, columns: Mapping[str, str]) -> str:
         word = match[0]
         if word not in known:
             return word
-        return _reference(columns[word]) if word in columns else "none"
+        return reference(columns[word]) if word in columns else "none"
 
     # words are in `{{ }}` and `{% %}` only
     return re.sub(r"\{[{%].*?[%}]\}", lambda tag: re.sub(r"(?<!\| )\b[a-z]+\b", put, tag[0]), text)
 
 
-def _reference(column: str) -> str:
+def reference(column: str) -> str:
+    """The column in a Jinja template, also where its name is no identifier."""
     return column if column.isidentifier() else f"row[{column!r}]"
 
 
@@ -356,11 +358,20 @@ def join_answer(row: Row) -> Row:
         answer = answer["body"]  # of a batch
     if isinstance(answer, Mapping):
         choices = as_list(answer.get("choices")) or [{}]
-        answer = (choices[0].get("message") or {}).get("content")
+        message = choices[0].get("message") if isinstance(choices[0], Mapping) else choices[0]
+        if not isinstance(message, (Mapping, type(None))):
+            raise TemplateFault(
+                f"`choices` has {type_name(message)}, expected an object with a `message` of "
+                "`role` and `content`"
+            )
+        answer = (message or {}).get("content")
     turns = list(as_list(request.get("messages")) or [])
     # developers of today's API are systems of a chat template
     turns = [
-        {**turn, "role": "system"} if turn.get("role") == "developer" else turn for turn in turns
+        {**turn, "role": "system"}
+        if isinstance(turn, Mapping) and turn.get("role") == "developer"
+        else turn
+        for turn in turns
     ]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})

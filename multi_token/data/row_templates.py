@@ -127,7 +127,10 @@ def _run(
     except UndefinedError as error:
         raise TemplateFault(f"{_missing(error, row)} (`{of.where}`: {of.shown})") from None
     # a filter or an operator may raise anything on a value that it was not meant for
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (
+        *(TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError),
+        *(TypeError, ValueError),
+    ) as error:
         raise TemplateFault(
             f"`{of.where}` cannot be computed ({first_line(error)}): {of.shown}"
         ) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -91,12 +91,14 @@ def run_work(
         MultiTokenError: another process writes this share, or `work` cannot go on.
     """
     window = window_rows(len(job.rows), batch_size)
-    indices = job.todo(window)
-    chunks = _RowChunks(job.rows, processor, source, indices, batch_size, prompt_only)
-    with (
-        job.writing(),
-        progress_bar(console, description, len(indices)) as advance,
-    ):
+    if not job.todo(window).size:
+        return
+    with ExitStack() as stack:
+        stack.enter_context(job.writing())
+        # again: others may have answered rows, or joined all, since this process started
+        indices = job.todo(window)
+        chunks = _RowChunks(job.rows, processor, source, indices, batch_size, prompt_only)
+        advance = stack.enter_context(progress_bar(console, description, len(indices)))
 
         def write(results: Sequence[RowResult]) -> None:
             for result in results:

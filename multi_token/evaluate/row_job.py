@@ -6,6 +6,7 @@
     OUT.parts/job.json             the settings that results depend on
     OUT.parts/part-0-of-4.jsonl    results of a share, each with the index of its row, in any order
     OUT.parts/part-0-of-4.lock     locked by the process that writes them
+    OUT.parts/join.lock            locked by the process that joins, which locks all parts too
 
 A killed job continues with any number of processes: every row without a result in any part is left.
 """
@@ -90,6 +91,7 @@ class RowJob:
         self.columns = tuple(columns)
         self.name = f"part-{share}-of-{num_shares}"
         self._file: IO[bytes] | None = None
+        self._has_locks = True
         self._console = Console(quiet=True) if console is None else console
         with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,8 @@ class RowJob:
     @property
     def is_joined(self) -> bool:
         """True if the output is written, and nothing is left to do."""
-        return self.out.exists() and not self._parts
+        # a part without results is no work: a process may have been killed as it began one
+        return self.out.exists() and not self._state.any()
 
     @property
     def num_done(self) -> int:
@@ -163,11 +166,13 @@ class RowJob:
         return len(self.rows) if self.is_joined else int((self._state == 1).sum())
 
     def todo(self, window: int) -> NDArray[np.int64]:
-        """Return the rows of this share without a result, ascending.
+        """Return the rows of this share without a result, ascending; none once all are joined.
 
         A share is every n-th window of as many neighbours: rows of a window are batched together,
         and so the batches do not depend on the number of processes.
         """
+        if self.is_joined:
+            return np.empty(0, np.int64)
         share, num_shares = map(int, self.name.removeprefix("part-").split("-of-"))
         windows = np.arange(len(self.rows), dtype=np.int64) // window
         return np.flatnonzero((windows % num_shares == share) & (self._state != 1))
@@ -176,19 +181,24 @@ class RowJob:
     def writing(self) -> Iterator[None]:
         """Within, `write` appends to the part of this process, which no other may write.
 
-        Raises MultiTokenError if another process writes it.
+        The results of all processes are read again first. Once they are joined, `todo` has no
+        rows, and no part is begun. Raises MultiTokenError if another process writes the part.
         """
-        path, lock = (self.folder / f"{self.name}{end}" for end in (".jsonl", ".lock"))
+        path = self.folder / f"{self.name}.jsonl"
         with ExitStack() as stack:
-            with self._write_errors():
-                # a file of its own: a process loses its lock when it closes any handle of a file
-                held = stack.enter_context(lock.open("a"))
             try:
-                lock_file(held)
+                # who joins holds the lock of this part too, and is no second start of this shard
+                with ExitStack() as joining:
+                    self._lock(joining, "join.lock", wait=True)
+                    self._lock(stack, f"{self.name}.lock")
             except BlockingIOError:
                 raise MultiTokenError(
                     f"{path} is being written by another process; start each shard once"
                 ) from None
+            self.refresh()
+            if self.is_joined:
+                yield
+                return
             with self._write_errors():
                 self._file = stack.enter_context(path.open("ab"))
                 # a killed process may have written half a line
@@ -198,6 +208,19 @@ class RowJob:
                 yield
             finally:
                 self._file = None
+
+    def _lock(self, stack: ExitStack, name: str, *, wait: bool = False) -> None:
+        """Lock a file of the folder until `stack` ends; see `lock_file`."""
+        with self._write_errors():
+            # a file of its own: a process loses its lock when it closes any handle of a file
+            file = stack.enter_context((self.folder / name).open("a"))
+        reason = lock_file(file, wait=wait)
+        if reason is not None and self._has_locks:
+            self._has_locks = False
+            self._console.print(
+                f"{self.folder} is not locked: {reason}; start each shard once, and do bad rows "
+                "again with one process"
+            )
 
     def write(self, results: Sequence[RowResult]) -> None:
         """Append results, flushed together. Raises MultiTokenError (a full disk)."""
@@ -222,13 +245,19 @@ class RowJob:
     def join(
         self, on_result: Callable[[Mapping[str, Any]], None] | None = None
     ) -> JobReport | None:
-        """Join all parts and remove them; None while rows are left, or if they were joined before.
+        """Join all parts and remove them; None if rows are left, or they were joined before.
 
+        Also None while another process writes: it may do bad rows again, and joins when it ends.
         `on_result` gets the fields of each good row, in order.
         """
-        with (self.folder / "join.lock").open("a") as held:
+        with ExitStack() as stack:
             # two processes that finish together: the second finds the work done
-            lock_file(held, wait=True)
+            self._lock(stack, "join.lock", wait=True)
+            try:
+                for path in self.folder.glob("part-*.lock"):
+                    self._lock(stack, path.name)
+            except BlockingIOError:
+                return None
             self.refresh()
             if self.is_joined or not self._state.all():
                 return None

@@ -14,11 +14,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from multi_token.errors import MediaError
 from multi_token.media.errors import DAMAGE, undecodable
+from multi_token.media.fetch import Fetch
 from multi_token.media.recording import Channel, Recording, Spans, damaged_error
 from multi_token.media.unpack import unzip
 
@@ -161,6 +163,55 @@ def is_wfdb_header(data: bytes) -> bool:
 def _header_lines(data: bytes) -> list[str]:
     lines = data.decode("utf-8", "replace").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def wfdb_header(source: Any, fetch: Fetch) -> str | None:
+    """Return the header of the WFDB record that a path names; None for other sources.
+
+    A record is named as `x.hea`, as `x.dat`, or as `x` beside `x.hea`.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    name = os.fspath(source)
+    if name[:5].lower() == "data:":
+        return None
+    suffix = PurePath(name).suffix.lower()
+    if suffix in (".hea", ".dat"):
+        return name[:-4] + ".hea"
+    if suffix or "://" in name:
+        return None
+    # PTB-XL's tables name records without a suffix.
+    header = f"{name}.hea"
+    if not fetch.stamp(header):
+        return None
+    path = fetch.local_path(source)
+    if path is not None and path.is_file():
+        return None
+    try:
+        fetch.open(header).close()
+    except MediaError:
+        return None
+    return header
+
+
+def file_beside(header: str, name: str) -> str:
+    """Return the path of a file in the folder of a header."""
+    return header[: max(header.rfind("/"), header.rfind(os.sep)) + 1] + name
+
+
+def wfdb_files(source: Any, fetch: Fetch) -> list[str]:
+    """Return the files here of the WFDB record that a path names; [] for other sources."""
+    header = wfdb_header(source, fetch)
+    # a header at an address is not downloaded
+    if header is None or not fetch.stamp(header):
+        return []
+    try:
+        lines = _header_lines(fetch.read(header))
+    except MediaError:  # reading the item says why
+        return [header]
+    signals = filter(None, map(_SIGNAL_LINE.fullmatch, lines[1:]))
+    names = dict.fromkeys(signal["file"] for signal in signals)
+    return [header, *(file_beside(header, name) for name in names)]
 
 
 def open_wfdb(data: bytes, label: str, beside: Callable[[str], BinaryIO]) -> Recording:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
@@ -136,17 +137,26 @@ class Fetch:
     def stamp(self, source: Any) -> list[Any]:
         """Return values for JSON that change with the local file that a source names, or [].
 
-        They are path, size and time of change; for a file in an archive, those of the archive.
+        They are path, size and time of change; for a file in an archive, those of the archive. A
+        folder, such as a DICOM series, has those of each file in it.
         """
         if member := self._member(source):
             archive, name = member
             return [*archive.stamp, name]
         path = self.local_path(source)
+        if path is None:
+            return []
         try:
-            found = None if path is None else path.stat()
+            found = path.stat()
+            stamp: list[Any] = [str(path), found.st_size, found.st_mtime_ns]
+            if S_ISDIR(found.st_mode):
+                # a file that changes in place leaves the folder as it is
+                for file in sorted(file for file in path.iterdir() if file.is_file()):
+                    found = file.stat()
+                    stamp += [file.name, found.st_size, found.st_mtime_ns]
         except (OSError, ValueError):  # no such file, or a text too long for a name
             return []
-        return [] if found is None else [str(path), found.st_size, found.st_mtime_ns]
+        return stamp
 
     def _member(self, source: Any) -> tuple[Archive, str] | None:
         """Return the archive and the name in it that a source names; None for any other source."""

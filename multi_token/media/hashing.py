@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from multi_token.media.biosignal import wfdb_files
 from multi_token.media.decoders import encoded_source
 from multi_token.media.fetch import Fetch
 
@@ -68,14 +69,17 @@ class NoStamp(Exception):
 def source_stamp(source: Any, fetch: Fetch) -> Any:
     """Return a value for JSON that changes with the content of a source, which is not decoded.
 
-    A local file counts by path, size and time of change; a URL by its text, so a changed file there
-    is not noticed; bytes, arrays and images by a hash. Raises NoStamp for any other object.
+    A local file counts by path, size and time of change, as does each file of a folder or of a WFDB
+    record; a URL by its text, so a changed file there is not noticed; bytes, arrays and images by a
+    hash. Raises NoStamp for any other object.
     """
     source = encoded_source(source)
     if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        # A WFDB record is named without the suffix of its header.
-        return [name, *(fetch.stamp(source) or fetch.stamp(f"{name}.hea"))]
+        stamp = fetch.stamp(source)
+        # A WFDB record is a header and files of samples, and any of them may change.
+        for file in wfdb_files(source, fetch):
+            stamp += fetch.stamp(file)
+        return [os.fspath(source), *stamp]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return digest(bytes(source))
     if isinstance(source, (Image.Image, np.ndarray, Tensor)):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from torch import Tensor
 
-from multi_token.errors import MediaError
-from multi_token.media.biosignal import EDF_MAGIC, is_wfdb_header, open_edf, open_wfdb, open_zip
+from multi_token.media.biosignal import (
+    EDF_MAGIC,
+    file_beside,
+    is_wfdb_header,
+    open_edf,
+    open_wfdb,
+    open_zip,
+    wfdb_header,
+)
 from multi_token.media.errors import undecodable
 from multi_token.media.fetch import Fetch, source_name
 from multi_token.media.npy import MAGIC, open_part, read_npy, read_npy_header
@@ -221,12 +226,12 @@ def _opened(given: _Given, fetch: Fetch) -> Iterator[Recording | BinaryIO]:
     """The recording of a file by its first bytes, or the file itself if it is a `.npy` file."""
     source, label = given.inner, given.label
     with ExitStack() as stack:
-        header = _wfdb_header(source, fetch)
+        header = wfdb_header(source, fetch)
         if header is not None:
             yield open_wfdb(
                 fetch.read(header),
                 label,
-                lambda name: stack.enter_context(open_part(_beside(header, name), fetch)),
+                lambda name: stack.enter_context(open_part(file_beside(header, name), fetch)),
             )
             return
         file = stack.enter_context(open_part(source, fetch))
@@ -252,32 +257,6 @@ def _opened(given: _Given, fetch: Fetch) -> Iterator[Recording | BinaryIO]:
                 )
             else:
                 yield open_table(data, label)
-
-
-def _wfdb_header(source: Any, fetch: Fetch) -> str | None:
-    """The header of the WFDB record that a path names: `x.hea`, `x.dat`, or `x` beside `x.hea`."""
-    if not isinstance(source, (str, os.PathLike)):
-        return None
-    name = os.fspath(source)
-    if name[:5].lower() == "data:":
-        return None
-    suffix = PurePath(name).suffix.lower()
-    if suffix in (".hea", ".dat"):
-        return name[:-4] + ".hea"
-    path = fetch.local_path(source)
-    if suffix or "://" in name or (path is not None and path.is_file()):
-        return None
-    # PTB-XL's tables name records without a suffix.
-    header = f"{name}.hea"
-    try:
-        fetch.open(header).close()
-    except MediaError:
-        return None
-    return header
-
-
-def _beside(header: str, name: str) -> str:
-    return header[: max(header.rfind("/"), header.rfind(os.sep)) + 1] + name
 
 
 def _choose(

@@ -62,6 +62,10 @@ AnyProjector = Annotated[
 ]
 
 
+MAX_BATCH_FEATURES = 16_384
+"""Features of a batch to encode, above which it takes fewer items: 64 MiB at a width of 1024."""
+
+
 class Encoder(nn.Module, ABC):
     """Turns prepared inputs into features.
 

@@ -175,7 +175,7 @@ def _parse(source: Any) -> tuple[Any, int | None]:
     if _is_list_text(source):
         try:
             return json.loads(source), None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # `[[[[...`, thousands of them
             raise undecodable(
                 f"expected a list of numbers, got {source[:80]!r} ({error})"
             ) from None

@@ -37,7 +37,8 @@ class DataSource(StrictModel):
     """A file of rows, `shards/*.parquet` or a folder of such files, a folder of media files, one of
     `save_to_disk` (datasets), or a hub name; docs/files.md lists all."""
     split: str = "train"
-    """Split to read, if the source has several, or a part of it: `train[:95%]`, `train[1000:]`."""
+    """Split to read, if the source has several, or a part of it: `train[:95%]`, `train[1000:]`,
+    every 20th row as `train[::20]`, and the others as `train[not ::20]`."""
     weight: float | None = Field(default=None, gt=0)
     """With `data.stream`: weight of the source in the mixture; default: 1."""
     format: Format | None = None

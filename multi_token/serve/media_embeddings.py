@@ -11,13 +11,13 @@ A fault of an item fails that item. A device that failed ends the thread, and wi
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from multi_token.errors import MultiTokenError, first_line, machine_fault
 from multi_token.media.hashing import digest
+from multi_token.modalities.base import MAX_BATCH_FEATURES
 from multi_token.serve.errors import ServeError
 from multi_token.serve.media.memory import MemoryLease
 from multi_token.serve.tenants import TenantQueue
@@ -84,7 +85,7 @@ class MediaEmbedder:
         self.num_restarts = 0
         """Restarts since the last item that was embedded."""
         self._progressed_at: float | None = None
-        """Start of the batch in flight; None between batches."""
+        """Last progress of the batch in flight; None between batches."""
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._in_flight: dict[str, Future[Tensor]] = {}
         self._waiting: TenantQueue[_EmbedJob] = TenantQueue()
@@ -99,7 +100,7 @@ class MediaEmbedder:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since the start of the batch in flight; 0 between batches."""
+        """Seconds since the last progress of the batch in flight; 0 between batches."""
         progressed_at = self._progressed_at
         return 0.0 if progressed_at is None else time.monotonic() - progressed_at
 
@@ -203,10 +204,20 @@ class MediaEmbedder:
             self._progressed_at = None
 
     def _next_batch(self) -> list[_EmbedJob]:
-        """Take items of one modality out of the queue, of all tenants in turn."""
+        """Take items of one modality out of the queue, of all tenants in turn.
+
+        At least one; further ones up to `max_items` and `MAX_BATCH_FEATURES`.
+        """
         name = self._waiting.heads()[0].modality
-        same = (job for job in self._waiting.in_turn() if job.modality == name)
-        batch = list(itertools.islice(same, self.max_items))
+        batch: list[_EmbedJob] = []
+        num_features = 0
+        for job in self._waiting.in_turn():
+            if job.modality != name:
+                continue
+            num_features += job.prepared.num_features
+            if batch and (len(batch) == self.max_items or num_features > MAX_BATCH_FEATURES):
+                break
+            batch.append(job)
         return [self._waiting.take(job) for job in batch]
 
     def _embed_jobs(self, jobs: Sequence[_EmbedJob]) -> None:
@@ -237,7 +248,8 @@ class MediaEmbedder:
         lengths = [modality.num_tokens(job.prepared.num_features) for job in jobs]
         inputs = send_to_device(modality.collate([job.prepared for job in jobs]), self.model.device)
         weight: Any = self.model.get_input_embeddings().weight
-        embeds = self.model.projector(name)(self.model.encode(name, inputs))
+        with self._marking_progress(name):
+            embeds = self.model.projector(name)(self.model.encode(name, inputs))
         embeds = embeds.to(weight.device, weight.dtype)
         if embeds.shape != (sum(lengths), weight.shape[1]):
             raise MultiTokenError(
@@ -255,6 +267,23 @@ class MediaEmbedder:
             own.clone() if bool(good.all()) else error
             for own, good in zip(embeds.split(lengths), finite.split(lengths), strict=True)
         ]
+
+    @contextmanager
+    def _marking_progress(self, name: str) -> Iterator[None]:
+        """Within, each part of the encoder and projector that ends is progress of the batch."""
+
+        # A large batch on a slow device takes longer than a step may; one part that never ends is
+        # what the watchdog looks for.
+        def mark(*_: object) -> None:
+            self._progressed_at = time.monotonic()
+
+        parts = (*self.model.encoder(name).modules(), *self.model.projector(name).modules())
+        hooks = [part.register_forward_hook(mark) for part in parts]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _resolve(self, job: _EmbedJob, result: Tensor | ServeError) -> None:
         with self._changed:

@@ -53,7 +53,7 @@ class ServeSettings(BaseModel):
     engine_startup_timeout_s: float = Field(default=0.0, ge=0)
     """Time to wait for the first vLLM server at the start."""
     engine_step_timeout_s: PositiveFloat = 120.0
-    """Time after which a prefill or decode step, or a batch of media to encode, is stalled."""
+    """Time after which a prefill or decode step, or a part of a media encoder, is stalled."""
     max_batch: PositiveInt = 8
     """Concurrent generations; each choice of `n` counts."""
     max_queue: NonNegativeInt | None = None

@@ -265,6 +265,8 @@ class PackSampler(Sampler[list[int]]):
 
     def steps(self, epoch: int) -> list[list[Pack]]:
         """Return the packs of all processes for each step: as many steps as the first epoch has."""
+        if epoch == 0:
+            return self.first
         num_steps = len(self.first)
         for attempt in range(_ATTEMPTS):
             steps = self._plan_epoch(epoch, attempt)

@@ -21,15 +21,13 @@ from multi_token.collate import Collator
 from multi_token.distributed import all_gather, all_reduce_sum
 from multi_token.errors import MultiTokenError
 from multi_token.language_model.loading import embedding_rms
+from multi_token.modalities.base import MAX_BATCH_FEATURES
 from multi_token.model import MultiTokenForConditionalGeneration
 from multi_token.processor import MultiTokenProcessor
 from multi_token.projectors.base import Projector
 from multi_token.recipe.train import ClosedFormSpec
 from multi_token.train.item_sums import FitItem, ItemSums, exact, rows_of_block
 from multi_token.types import Conversation, Features, Media, Prepared, Text
-
-_MAX_BATCH_FEATURES = 16_384
-"""Features of a batch, above which it takes fewer items: 64 MiB at a width of 1024."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _batches(items: Iterable[FitItem], batch_size: int) -> Iterator[list[FitItem
     num_features = 0
     for item in items:
         num_features += item.prepared.num_features
-        if batch and (len(batch) == batch_size or num_features > _MAX_BATCH_FEATURES):
+        if batch and (len(batch) == batch_size or num_features > MAX_BATCH_FEATURES):
             yield batch
             batch, num_features = [], item.prepared.num_features
         batch.append(item)

@@ -16,7 +16,11 @@ import yaml
 from typer.testing import CliRunner
 
 from multi_token.cli import app
+from multi_token.data.files.open import load_rows
+from multi_token.data.formats import to_conversation
+from multi_token.data.row_source import open_rows
 from multi_token.errors import MultiTokenError
+from multi_token.recipe.recipe import load_recipe
 from multi_token.testing.files import write_tone
 from tests.recipes.data_sets import images_with_captions, ptbxl
 from tests.recipes.stand_ins import ENCODERS, LANGUAGE_MODELS, StandIns
@@ -105,7 +109,7 @@ def test_three_commands_lead_from_data_to_a_first_answer(
     source, held_out = recipe["data"]["train"][0], recipe["data"]["eval"][0]
     assert source.get("format", "turns") == reading
     num = {"ptbxl/database.csv": 3}.get(data, 20)
-    assert (source["split"], held_out["split"]) == ("train[:-1]", "train[-1:]")
+    assert (source["split"], held_out["split"]) == ("train[not ::23]", "train[::23]")
     assert f"({num} rows)" in Path("job/recipe.yaml").read_text("utf-8")
     if third == "predict":
         (line,) = Path("job/answers.jsonl").read_text("utf-8").splitlines()
@@ -152,3 +156,54 @@ def test_a_wrong_flag_is_a_sentence(
     done = command("init", "job", "--data", "rows.csv", *words)
     assert isinstance(done.exception, MultiTokenError)
     assert re.search(said, str(done.exception))
+
+
+@pytest.mark.parametrize("order", [sorted, list], ids=["sorted by label", "in turns"])
+def test_every_label_is_trained_and_held_out_in_any_order_of_the_rows(
+    order: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = order([f"kind {'abcde'[i % 5]}" for i in range(250)])
+    lines = [f"{i}.png,{label}\n" for i, label in enumerate(labels)]
+    Path("rows.csv").write_text("image,label\n" + "".join(lines))
+    done = command("init", "job", "--data", "rows.csv")
+    assert done.exit_code == 0, done.exception
+    data = yaml.safe_load(Path("job/recipe.yaml").read_text("utf-8"))["data"]
+    parts = [load_rows(s["rows"], split=s["split"]) for s in (data["train"][0], data["eval"][0])]
+    assert [len({row["label"] for row in part}) for part in parts] == [5, 5]
+    ids = [{row["id"] for row in part} for part in parts]
+    assert len(ids[0]) + len(ids[1]) == len(ids[0] | ids[1]) == 250
+
+
+@pytest.mark.parametrize("column", ["diagnosis code", "label-name"])
+def test_a_column_of_any_name_holds_the_answers(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text(f"image,{column}\na.png,first\nb.png,second\n")
+    done = command("init", "job", "--data", "rows.csv")
+    assert done.exit_code == 0, done.exception
+    recipe = load_recipe("job/recipe.yaml")
+    modalities = recipe.model.modalities
+    for source, answer in ((recipe.data.train[0], "second"), (recipe.data.eval[0], "first")):
+        opened = open_rows(source, modalities)
+        conversation = to_conversation(opened.rows[0], modalities, row_id="row")
+        assert answer in str(conversation.messages[-1])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        ("image,caption\nc.png,third\n", r"held\.csv.*no column .*'label'"),
+        ("picture,label\nc.png,third\n", r"held\.csv.*no column .*'image'"),
+    ],
+)
+def test_no_recipe_is_written_that_cannot_read_its_rows(
+    held_out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("image,label\na.png,first\nb.png,second\n")
+    Path("held.csv").write_text(held_out)
+    done = command("init", "job", "--data", "rows.csv", "--eval", "held.csv")
+    assert isinstance(done.exception, MultiTokenError) and re.search(said, str(done.exception))
+    assert "next:" not in done.stderr and not Path("job").exists()

@@ -12,6 +12,7 @@ import pytest
 
 from multi_token.data.formats import to_conversation
 from multi_token.data.row_source import RowSource, adapter_of, open_rows
+from multi_token.data.row_templates import RowCondition, TemplateFault
 from multi_token.errors import MultiTokenError, RecipeError, RowError
 from multi_token.modalities.base import Modality
 from multi_token.recipe.data import DataSource
@@ -215,6 +216,21 @@ def test_a_template_that_fails_names_the_row_and_the_expression() -> None:
     assert message.endswith("): {{ (a | fromjson).b }}")
 
 
+@pytest.mark.parametrize("of", ["q | dictsort", "q | xmlattr", "deep | fromjson"])
+def test_a_filter_on_a_value_it_is_not_meant_for_refuses_the_row(of: str) -> None:
+    row = {"image": "a.png", "q": "What?", "deep": "[" * 100_000}
+    turns = [{"user": "<image>?"}, {"assistant": f"{{{{ {of} }}}}"}]
+    assert "row r: `turns.1.assistant` cannot be computed (" in refusal(row, turns=turns)
+    with pytest.raises(TemplateFault, match="`where` cannot be computed"):
+        RowCondition(of).holds(row)
+
+
+def test_a_logged_request_of_other_values_than_objects_is_refused() -> None:
+    message = {"role": "user", "content": "Hi"}
+    assert "row r: `choices` has a text" in refusal({"messages": [message], "choices": ["x"]})
+    assert "turn 0 of `messages` is a text" in refusal({"messages": ["x"], "response": "Hi"})
+
+
 def test_a_template_without_an_end_is_refused_at_once() -> None:
     with pytest.raises(RecipeError, match=r"rows of rows.json: `turns.1.assistant` is no template"):
         read({"image": "a"}, turns=[{"user": "<image>"}, {"assistant": "{{ a "}])
@@ -333,7 +349,6 @@ def test_where_reads_the_columns_of_its_condition_alone(tmp_path: Path) -> None:
 
     from multi_token.data.chosen_rows import chosen_rows
     from multi_token.data.files.parquet import ParquetRows
-    from multi_token.data.row_templates import RowCondition
 
     table = pa.table({"fold": range(3000), "image": [b"x" * 1000] * 3000})
     parquet.write_table(table, tmp_path / "rows.parquet")
@@ -347,7 +362,6 @@ def test_where_reads_the_columns_of_its_condition_alone(tmp_path: Path) -> None:
 
 def test_where_leaves_rows_of_a_stream_out_and_is_remembered_by_file(tmp_path: Path) -> None:
     from multi_token.data.row_stream import ChosenRows, open_stream
-    from multi_token.data.row_templates import RowCondition
 
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"fold": i}) for i in range(10)))

@@ -172,6 +172,35 @@ def test_metadata_without_files_with_two_files_or_out_of_the_folder_is_refused(
         load_rows(source)
 
 
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"file_name": ""}, "has '' as `file_name`, expected the name of a file"),
+        ({"file_name": "."}, "has '.' as `file_name`, expected the name of a file"),
+        ({"file_names": 5}, "has 5 as `file_names`, expected a list of names of files"),
+        ({"file_names": "a.png"}, "has 'a.png' as `file_names`, expected a list of names"),
+        ({"file_names": ["a.png", ""]}, "has '' as `file_names`, expected the name of a file"),
+    ],
+)
+def test_a_row_of_metadata_that_names_no_file_is_one_bad_row(
+    tmp_path: Path, row: dict[str, Any], sentence: str
+) -> None:
+    lines = [json.dumps({next(iter(row)): None}), json.dumps(row)]
+    source = folder(tmp_path / "data", {"metadata.jsonl": "\n".join(lines)})
+    with pytest.raises(RowError) as refused:
+        load_rows(source)[1]
+    assert sentence in str(refused.value) and refused.value.row_id == "metadata.jsonl[1]"
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed(tmp_path: Path) -> None:
+    source = folder(tmp_path / "data", {"x/a.png": None, "y/b.png": None})
+    (tmp_path / "data" / "x" / "again").symlink_to(tmp_path / "data" / "x")
+    (tmp_path / "data" / "y" / "up").symlink_to("..")
+    folder(tmp_path / "elsewhere", {"c.png": None})
+    (tmp_path / "data" / "z").symlink_to(tmp_path / "elsewhere")
+    assert [row["image"] for row in load_rows(source)] == ["x/a.png", "y/b.png", "z/c.png"]
+
+
 def test_files_of_rows_beside_images_are_the_rows(tmp_path: Path) -> None:
     folder(tmp_path, {"rows.jsonl": '{"image": "images/a.png"}\n', "images/a.png": None})
     assert list(load_rows(str(tmp_path))) == [{"image": "images/a.png"}]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import pytest
 
 from multi_token.data.packing import (
+    Pack,
     PackingPlan,
     balance,
     best_fit,
@@ -102,6 +106,64 @@ def test_rows_that_do_not_fit_or_leave_a_pack_empty_are_not_dealt() -> None:
     assert balance(rows, range(3), 2) is None
     assert balance(rows, range(3), 3) is not None
     assert balance(rows, range(3), 4) is None
+
+
+def dealt_by_heap(plan: PackingPlan, rows: Sequence[int], num_packs: int) -> list[Pack] | None:
+    """The same as `balance`: try the packs from the emptiest on, for each row."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    emptiest = [(0.0, pack) for pack in range(num_packs)]
+    mean_tokens = plan.tokens_of(rows) / num_packs
+    mean_items = max(plan.items_of(rows), 1) / num_packs
+
+    def load(pack: Sequence[int]) -> float:
+        return max(plan.tokens_of(pack) / mean_tokens, plan.items_of(pack) / mean_items)
+
+    for row in sorted(rows, key=lambda row: load([row]), reverse=True):
+        tried = []
+        while emptiest:
+            tried.append(heappop(emptiest)[1])
+            grown = [*packs[tried[-1]], row]
+            if plan.fits(plan.tokens_of(grown), plan.items_of(grown)):
+                packs[tried[-1]] = grown
+                break
+        else:
+            return None
+        for pack in tried:
+            heappush(emptiest, (load(packs[pack]), pack))
+    return [tuple(pack) for pack in packs] if all(packs) else None
+
+
+def test_each_row_is_dealt_to_the_emptiest_pack_that_it_fits() -> None:
+    draw = random.Random(0)
+    num_refused = 0
+    for _ in range(300):
+        num_rows, max_items = draw.randint(1, 40), draw.choice((None, 1, 2, 4))
+        lengths = [draw.randint(1, 30) for _ in range(num_rows)]
+        num_items = [] if max_items is None else [draw.randint(0, max_items) for _ in lengths]
+        most = draw.randint(max(lengths), 3 * max(lengths))
+        plan = PackingPlan(lengths, most, num_items, max_items)
+        fewest = -(-max(sum(lengths), most * sum(num_items) // (max_items or 1)) // most)
+        num_packs = fewest + draw.randint(0, 3)
+        expected = dealt_by_heap(plan, range(num_rows), num_packs)
+        assert balance(plan, range(num_rows), num_packs) == expected
+        num_refused += expected is None
+    assert 50 < num_refused < 250, "both outcomes are tested"
+
+
+def test_packs_that_are_full_of_items_cost_nothing_for_later_rows() -> None:
+    class CountingPlan(PackingPlan):
+        num_asked = 0
+
+        def fits(self, num_tokens: int, num_items: int) -> bool:
+            type(self).num_asked += 1
+            return super().fits(num_tokens, num_items)
+
+    draw = random.Random(0)
+    lengths = [draw.randint(50, 300) for _ in range(1024)]
+    num_items = [draw.choice((0, 1, 1, 2, 4)) for _ in lengths]
+    dealt = balance(CountingPlan(lengths, 4096, num_items, 4), range(1024), sum(num_items) // 4 + 1)
+    assert dealt is not None
+    assert CountingPlan.num_asked <= 2 * len(lengths)
 
 
 def test_a_row_goes_into_the_fullest_pack_it_fits() -> None:

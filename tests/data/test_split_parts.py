@@ -1,4 +1,4 @@
-"""A part of a split: `train[:90%]` and `train[-2:]` of any source, with the ids of the whole."""
+"""A part of a split: `train[:90%]` and `train[::20]` of any source, with the ids of the whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from multi_token.errors import MultiTokenError
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "saved"])
 @pytest.mark.parametrize(
     ("split", "expected"),
-    [("[:90%]", range(9)), ("[90%:]", [9]), ("[2:4]", [2, 3]), ("[-2:]", [8, 9])],
+    [
+        ("[:90%]", range(9)),
+        ("[90%:]", [9]),
+        ("[2:4]", [2, 3]),
+        ("[-2:]", [8, 9]),
+        ("[::4]", [0, 4, 8]),
+        ("[not ::4]", [1, 2, 3, 5, 6, 7, 9]),
+        ("[1:50%:2]", [1, 3]),
+        ("[not 1:9]", [0, 9]),
+    ],
 )
 def test_a_part_of_a_split_has_its_rows_and_their_ids(
     kind: str, split: str, expected: list[int], tmp_path: Path

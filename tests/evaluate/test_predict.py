@@ -187,3 +187,29 @@ def test_a_killed_share_computes_only_the_rows_that_are_left(model: Any, tmp_pat
     assert sorted(r.index for batch in rest.batches for r in batch) == list(range(8, 20))
     job.join()
     assert [line["answer"] for line in read(tmp_path / "out.jsonl")] == [str(i) for i in range(20)]
+
+
+def test_a_share_that_is_done_calls_no_work_and_leaves_no_part(model: Any, tmp_path: Path) -> None:
+    rows, out = [row(i) for i in range(3)], tmp_path / "out.jsonl"
+    run(model, out, rows, Watched(), num_shares=2).join()
+    watched = Watched()
+    # after the join, and a share of no rows before it
+    run(model, out, rows, watched, share=0, num_shares=2)
+    run(model, tmp_path / "other.jsonl", rows, watched, share=1, num_shares=2)
+    assert not watched.batches and not list(tmp_path.glob("*.parts/part-*"))
+
+
+def test_a_job_that_was_joined_meanwhile_is_not_done_again(model: Any, tmp_path: Path) -> None:
+    rows, out, watched = [row(i) for i in range(3)], tmp_path / "out.jsonl", Watched()
+    late = RowJob(out, rows, columns=("answer",), settings={})
+    run(model, out, rows, Watched()).join()
+    run_work(
+        late,
+        watched,
+        model.require_processor(),
+        source="rows",
+        batch_size=4,
+        console=QUIET,
+        description="Answering",
+    )
+    assert not watched.batches and late.is_joined

@@ -17,7 +17,7 @@ import pyarrow
 import pytest
 import yaml
 
-from multi_token import EncodeRows, EvaluateRows, PredictRows, RowError
+from multi_token import EncodeRows, EvaluateRows, PredictRows, RecipeError, RowError
 from multi_token.evaluate.scores import score_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,19 @@ def test_a_batch_is_encoded_into_the_cache_of_the_recipe(
     assert found["error"][1].startswith("image: no file at")
     encode(columns(ROWS))
     assert len(encode.cache) == len(COLOURS)
+
+
+def test_random_preprocessing_is_refused_in_the_first_batch_that_has_an_item(
+    recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = EncodeRows(str(recipe), out=str(tmp_path / "cache"), root=str(data))
+    monkeypatch.setattr(
+        "multi_token.ray_data.random_preprocessing", lambda items, _: "is random" if items else None
+    )
+    texts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
+    encode(columns([{"id": "text", "messages": texts}]))
+    with pytest.raises(RecipeError, match="is random"):
+        encode(columns(ROWS))
 
 
 def test_the_classes_need_no_ray() -> None:

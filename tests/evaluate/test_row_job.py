@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from multi_token.errors import MultiTokenError, RowError
 from multi_token.evaluate.row_job import RowJob, RowResult
@@ -27,6 +29,24 @@ def job(out: Path, share: int = 0, num_shares: int = 1, **changes: Any) -> RowJo
 def write(job: RowJob, indices: Iterable[int]) -> None:
     with job.writing():
         job.write([RowResult(i, ROWS[i]["id"], {"answer": f"answer {i}"}) for i in indices])
+
+
+@contextmanager
+def locked(*paths: Path, seconds: float = 60.0) -> Iterator[None]:
+    """Within, another process holds the locks of the files, for some seconds at most."""
+    script = (
+        "import fcntl, select, sys\n"
+        "files = [open(path, 'a') for path in sys.argv[2:]]\n"
+        "for file in files: fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print(flush=True)\n"
+        "select.select([sys.stdin], [], [], float(sys.argv[1]))\n"
+        # the last one first, as `join` does
+        "for file in reversed(files): file.close()"
+    )
+    words = [sys.executable, "-S", "-c", script, str(seconds), *map(str, paths)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        yield
 
 
 def answers(out: Path) -> list[tuple[str, str | None]]:
@@ -82,6 +102,59 @@ def test_a_bad_row_is_tried_again_and_stays_an_error_if_it_is_still_bad(tmp_path
     assert report is not None and report.num_bad == 1
     assert report.examples == ["row row 3: is cut off"]
     assert answers(out) == [(id, None if id == "row 3" else text) for id, text in EXPECTED]
+
+
+def test_a_process_that_still_does_bad_rows_again_joins_them(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    first, second = job(out, 0, 2), job(out, 1, 2)
+    with second.writing():
+        second.write([RowResult(3, "row 3", RowError("is lost", kind="format", row_id="row 3"))])
+    write(first, [i for i in range(10) if i != 3])
+    with locked(tmp_path / "out.jsonl.parts" / "part-1-of-2.lock"):
+        assert first.join() is None and not out.exists()
+    write(second, [3])
+    report = second.join()
+    assert report is not None and report.num_bad == 0
+    assert answers(out) == EXPECTED
+
+
+def test_a_process_that_starts_while_another_joins_waits_and_finds_the_job_done(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out.jsonl"
+    write(job(out, 0, 2), [i for i in range(10) if i != 7])
+    late = job(out, 1, 2)
+    assert late.todo(WINDOW).tolist() == [7]
+    write(job(out, 0, 2), [7])
+    folder = tmp_path / "out.jsonl.parts"
+    # who joins holds the locks of all parts
+    with locked(folder / "join.lock", folder / "part-1-of-2.lock", seconds=0.1), late.writing():
+        assert late.num_done == 10
+    late = job(out, 1, 2)
+    assert job(out).join() is not None
+    with late.writing():
+        assert late.is_joined and late.todo(WINDOW).size == 0
+    assert not list(folder.glob("part-*.jsonl"))
+
+
+def test_a_part_without_results_is_no_work_that_is_left(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    write(job(out), range(10))
+    job(out).join()
+    (tmp_path / "out.jsonl.parts" / "part-0-of-2.jsonl").touch()
+    again = job(out)
+    assert again.is_joined and again.num_done == 10 and again.todo(WINDOW).size == 0
+
+
+def test_a_file_system_without_locks_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "No locks available (its file system)"
+    monkeypatch.setattr("multi_token.evaluate.row_job.lock_file", lambda *_, **__: reason)
+    one = job(tmp_path / "out.jsonl", console=Console(width=1000))
+    write(one, range(10))
+    assert one.join() is not None
+    assert capsys.readouterr().out.count(f"is not locked: {reason}; start each shard once") == 1
 
 
 def test_an_answer_counts_whatever_errors_other_parts_hold(tmp_path: Path) -> None:

@@ -190,10 +190,25 @@ def test_a_wfdb_header_with_impossible_numbers_is_refused(records: Path, tmp_pat
         refusal(str(tmp_path / "rec16"), channels=3)
 
 
-def test_lengths_that_were_kept_notice_another_header_of_a_record(records: Path) -> None:
-    before = source_stamp(str(records / "rec16"), Fetch())
-    os.utime(records / "rec16.hea", ns=(1, 1))
-    assert source_stamp(str(records / "rec16"), Fetch()) != before
+@pytest.mark.parametrize("changed", ["rec16.hea", "rec16.dat"])
+def test_what_was_kept_of_a_record_is_not_used_after_a_change_of_any_of_its_files(
+    records: Path, changed: str
+) -> None:
+    names = ("rec16", "rec16.hea", "rec16.dat")
+    sources = [str(records / name) for name in names]
+    sources += [{"path": "rec16", "sampling_rate": 250}, {"path": "rec16.hea"}]
+    fetch = Fetch(root=str(records))
+    before = [source_stamp(source, fetch) for source in sources]
+    assert before == [source_stamp(source, fetch) for source in sources]
+    os.utime(records / changed, ns=(1, 1))
+    for source, stamp in zip(sources, before, strict=True):
+        assert source_stamp(source, fetch) != stamp
+
+
+def test_the_stamp_of_a_record_at_an_address_downloads_nothing() -> None:
+    address = "https://127.0.0.1:9/rec16.hea"
+    assert source_stamp(address, Fetch()) == [address]
+    assert source_stamp("M" * 5000, Fetch()) == ["M" * 5000]
 
 
 def test_a_wav_gives_its_channels_unmixed(tmp_path: Path) -> None:

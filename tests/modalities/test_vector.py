@@ -95,3 +95,9 @@ def test_columns_of_tables_are_read_as_pandas_writes_them(tmp_path: Path) -> Non
     assert prepared(np.array([1, 2, 3], dtype=object)).tolist() == [[1.0, 2.0, 3.0]]
     with pytest.raises(MediaError, match=r"expected a list of numbers, got '\[1.0, ...'"):
         VECTOR.load("[1.0, ...", Fetch())
+
+
+def test_a_list_in_a_text_that_is_nested_without_end_is_refused() -> None:
+    for read in (VECTOR.load, VECTOR.size_from_header, VECTOR.content):
+        with pytest.raises(MediaError, match=r"expected a list of numbers, got '\[\[\[\[.* \(max"):
+            read("[" * 100_000, Fetch())

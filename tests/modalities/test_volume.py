@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from multi_token.errors import MediaError
 from multi_token.media.fetch import Fetch
+from multi_token.media.hashing import source_stamp
 from multi_token.modalities.image import ImageModality
 from multi_token.modalities.volume import VolumeModality
 from multi_token.testing.encoders import tiny_image_encoder
@@ -224,3 +226,13 @@ def test_an_image_of_nibabel_is_taken_as_datasets_decodes_it() -> None:
     assert isinstance(volume().load(image, Fetch())[0], Image.Image)
     other = nib.Nifti1Image(VOXELS + 1, AFFINE)
     assert volume().content(image, Fetch()) != volume().content(other, Fetch())
+
+
+def test_what_was_kept_of_a_series_is_not_used_after_a_change_of_one_slice(tmp_path: Path) -> None:
+    for number in range(2):
+        dicom(tmp_path, number)
+    stamp = source_stamp(str(tmp_path), Fetch())
+    assert source_stamp(str(tmp_path), Fetch()) == stamp
+    # in place: the folder itself stays as it is
+    os.utime(next(tmp_path.iterdir()), ns=(1, 1))
+    assert source_stamp(str(tmp_path), Fetch()) != stamp

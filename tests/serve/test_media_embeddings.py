@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,53 @@ def test_queued_items_are_one_batch(model: Any, make: Any, batches: list[int]) -
     assert batches == [1, 3, 2]
     for item, result in zip(items, results, strict=True):
         torch.testing.assert_close(result, alone(model, item))
+
+
+def test_a_batch_takes_no_more_features_than_its_limit(
+    model: Any, make: Any, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [sample_of(model, [float(i)] * 5).media[0] for i in range(5)]
+    limit = 2 * items[0].num_features
+    monkeypatch.setattr("multi_token.serve.media_embeddings.MAX_BATCH_FEATURES", limit)
+    items[3] = replace(items[3], num_features=limit + 1)
+    embedder = make()
+    go = held(embedder, model)
+    asked = [embedder.embed("vector", item, str(i)) for i, item in enumerate(items)]
+    go()
+    for i in (0, 1, 2, 4):
+        asked[i].result(30)
+    assert batches == [1, 2, 1, 1, 1]
+
+
+def test_a_batch_makes_progress_with_each_part_of_its_encoder(model: Any, make: Any) -> None:
+    embedder = make()
+    ages: list[float] = []
+
+    def age(*_: Any) -> None:
+        embedder._progressed_at = -1e9  # long ago
+        ages.append(embedder.stalled_s)
+
+    def look(*_: Any) -> None:
+        ages.append(embedder.stalled_s)
+
+    parts = list(model.projectors["vector"].modules())[1:]
+    hooks = [
+        model.encoders["vector"].register_forward_pre_hook(age),
+        model.projectors["vector"].register_forward_pre_hook(look),
+        parts[-1].register_forward_pre_hook(age),
+        model.projectors["vector"].register_forward_hook(look),
+    ]
+    try:
+        embedder.embed("vector", sample_of(model, VECTORS[0]).media[0], "0").result(30)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hung, after_encoder, hung_again, after_part = ages
+    assert min(hung, hung_again) > 1e9, "a part that does not end makes no progress"
+    assert max(after_encoder, after_part) < 60
+    assert embedder.stalled_s == 0
+    for module in (*model.encoders["vector"].modules(), *parts):
+        assert not module._forward_hooks, "hooks are gone after the batch"
 
 
 def test_a_content_requested_twice_is_computed_once(

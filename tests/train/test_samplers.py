@@ -75,6 +75,12 @@ def test_the_plan_depends_on_seed_and_epoch_alone() -> None:
     assert list(PackSampler(rows, seed=4, num_processes=2)) != mine
 
 
+def test_the_first_epoch_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = PackSampler(PackingPlan([3, 4, 5, 6], max_tokens=10), seed=0)
+    monkeypatch.setattr(sampler, "_plan_epoch", lambda *_: pytest.fail("planned again"))
+    assert rows_of(sampler, 0) == [0, 1, 2, 3]
+
+
 def test_every_epoch_has_as_many_packs_as_the_first() -> None:
     """With buffers so small that luck differs between epochs."""
     lengths = torch.randint(300, 701, (60,), generator=torch.Generator().manual_seed(0))

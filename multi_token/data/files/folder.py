@@ -108,27 +108,46 @@ def open_folder(
     return rows
 
 
-def _walk(path: Path, start: str = "") -> Iterator[str]:
-    """Yield the files below `path / start`, relative to `path`; hidden ones are left out."""
+def _walk(path: Path, start: str, above: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Yield the files below `path / start`, relative to `path`; hidden ones are left out.
+
+    `above`: folders that lead to `start`, to which no link is followed.
+    """
+    above |= _around(path / start)
     with os.scandir(path / start) as entries:
         for entry in entries:
-            name = f"{start}/{entry.name}" if start else entry.name
-            if entry.name.startswith("."):
+            name = f"{start}/{entry.name}"
+            if entry.name.startswith(".") or _leads_to(entry, above):
                 continue
             if entry.is_dir():
-                yield from _walk(path, name)
+                yield from _walk(path, name, above)
             else:
                 yield name
 
 
+def _around(folder: Path) -> frozenset[Path]:
+    """Return a folder and those around it, by their real paths."""
+    real = folder.resolve()
+    return frozenset((real, *real.parents))
+
+
+def _leads_to(entry: os.DirEntry[str], folders: frozenset[Path]) -> bool:
+    return entry.is_symlink() and Path(os.path.realpath(entry.path)) in folders
+
+
 def _listed(path: Path, start: str) -> Iterator[str]:
     """Yield files that may be in rows, with a bar over the entries of the folder itself."""
+    around = _around(path / start)
     with os.scandir(path / start) as entries:
-        top = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+        top = [
+            (e.name, e.is_dir())
+            for e in entries
+            if not e.name.startswith(".") and not _leads_to(e, around)
+        ]
     with progress_bar(pass_console(), f"Listing files of {path.name}", len(top)) as step:
         for number, (entry, is_folder) in enumerate(top, 1):
             whole = f"{start}/{entry}" if start else entry
-            for name in _walk(path, whole) if is_folder else (whole,):
+            for name in _walk(path, whole, around) if is_folder else (whole,):
                 has_text = text_column(name) or name.endswith(".json")
                 if media_column(name) or has_text or os.path.basename(name) in _METADATA:
                     yield name
@@ -201,6 +220,10 @@ class MetadataRows(IndexedRows):
             elif value is None:
                 continue
             elif key.endswith("s"):
+                if not isinstance(value, (list, tuple)):
+                    raise self._error(
+                        f"{value!r} as `{key}`, expected a list of names of files", index
+                    )
                 several = [self._path(one, key, index) for one in value]
                 kind = media_column(several[0]) if several else None
                 name, value = key[: -len("_file_names")] or f"{kind or 'image'}s", several
@@ -213,9 +236,9 @@ class MetadataRows(IndexedRows):
         return full
 
     def _path(self, value: Any, key: str, index: int) -> str:
-        if not isinstance(value, str):
+        parts = PurePosixPath(value.replace("\\", "/") if isinstance(value, str) else "")
+        if not parts.parts:
             raise self._error(f"{value!r} as `{key}`, expected the name of a file", index)
-        parts = PurePosixPath(value.replace("\\", "/"))
         if "://" in value or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
             raise self._error(
                 f"`{key}` {shorten(value)}, which leads out of the folder; name files in it", index

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import ConcatDataset
 
 from multi_token.data.files.arrow import ArrowRows
@@ -49,7 +51,10 @@ _SHARDS = tuple(_FORMATS)
 _FORMATS[".npy"] = lambda path: NpyRows(path, _open_alone)  # in a folder, each may be one item
 _IN_FOLDERS = (".json", ".jsonl", ".parquet", ".tar")
 """Formats whose files in a folder are its rows, whatever else lies there."""
-_SLICE = re.compile(r"(?P<split>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
+_SLICE = re.compile(
+    r"(?P<split>[^\[\]]+)\[(?P<rest>not )?"
+    r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?(:(?P<step>[1-9]\d*))?\]"
+)
 _ACCEPTED = (
     "a .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather, .npy or .tar file, a text file of "
     "these with .gz or .zst, a pattern (shards/*.parquet) or folder of such files, a folder of "
@@ -80,7 +85,8 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     Args:
         source: A name as in the table.
         split: The split of a hub data set or saved folder; files only have `train`. A part of it in
-            brackets, as datasets writes it: `train[:95%]`, `train[1000:]`.
+            brackets, as datasets writes it: `train[:95%]`, `train[1000:]`. Also every n-th row,
+            `train[::20]`, and after `not` all rows but these, `train[not ::20]`.
 
     Returns:
         The rows, which stay on disk. Media in tables stay undecoded.
@@ -93,8 +99,14 @@ def load_rows(source: str, *, split: str = "train") -> Sequence[Row]:
     if match is None:
         return _load_split(source, split)
     rows = _load_split(source, match["split"])
-    bounds = (_bound(match[name], len(rows)) for name in ("start", "stop"))
-    part = PartOfRows(rows, range(len(rows))[slice(*bounds)], Path(source).name)
+    start, stop = (_bound(match[name], len(rows)) for name in ("start", "stop"))
+    named = slice(start, stop, int(match["step"] or 1))
+    indices: Sequence[int] = range(len(rows))[named]
+    if match["rest"]:
+        # an array, not a list: reference counts of list items make forked workers copy its pages
+        rest = np.delete(np.arange(len(rows), dtype=np.int64), named)
+        indices = array("q", rest.tobytes())
+    part = PartOfRows(rows, indices, Path(source).name)
     if not len(part):
         raise MultiTokenError(
             f"split {split!r} of {source} has no rows: it has {len(rows):,} in all"

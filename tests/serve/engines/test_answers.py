@@ -15,7 +15,9 @@ from multi_token.cli import app
 from multi_token.errors import LanguageModelError, MultiTokenError, RowError
 from multi_token.evaluate.predict import PromptRow, batches_of, read_rows
 from multi_token.evaluate.row_job import RowResult
+from multi_token.serve.engines.base import ErrorEvent
 from multi_token.serve.engines.vllm.answers import EngineAnswers
+from multi_token.serve.errors import ServeError
 from tests.serve.vllm_parts import started
 from tests.serve.vllm_stand_in import StandIn
 
@@ -137,6 +139,57 @@ def test_a_row_that_no_engine_takes_is_a_bad_row(served_model: Any) -> None:
     assert isinstance(found["long"], RowError) and found["long"].kind == "too_long"
     assert "over the limit of 48" in str(found["long"])
     assert not isinstance(found["0"], RowError)
+
+
+class Failing:
+    """An engine that answers each prompt with an error."""
+
+    def __init__(self, model: Any, error: Exception) -> None:
+        self.model = model
+        self.error = error
+        self.num_replicas = 1
+        self.num_asked = 0
+
+    def submit(self, name: str, prompt: Any, sampling: Any, emit: Any) -> None:
+        self.num_asked += 1
+        emit(ErrorEvent(self.error))
+
+
+@pytest.mark.parametrize(
+    ("error", "num_asked"),
+    [
+        (ServeError("the engine failed", status=503, code="engine_lost"), 5),
+        (ServeError("a media span ends after the prompt", status=500), 1),
+        (RuntimeError("the engine has a bug"), 1),
+    ],
+)
+def test_a_fault_of_the_engine_ends_the_work_and_is_no_bad_row(
+    served_model: Any, error: Exception, num_asked: int
+) -> None:
+    engine = Failing(served_model, error)
+    with pytest.raises(LanguageModelError, match=rf"row 0: {error}.* Results so far are kept"):
+        list(answers(engine, rows_of(served_model, ROWS[:1])))
+    assert engine.num_asked == num_asked
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access"), "the media encoder has failed"),
+        (TypeError("a bug"), "cannot be encoded"),
+    ],
+)
+def test_a_fault_of_an_encoder_ends_the_work_and_is_no_bad_row(
+    served_model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def failing(name: str, inputs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(served_model, "encode", failing)
+    engine = Failing(served_model, error)
+    with pytest.raises(LanguageModelError, match=rf"row 3: .*{sentence}"):
+        list(answers(engine, rows_of(served_model, ROWS[:8])))
+    assert engine.num_asked == 0
 
 
 def test_media_of_several_rows_are_embedded_once(

@@ -3,8 +3,9 @@
     batch -> media embedded -> prompt -> engine -> token events -> text
                                ^ waits, longer each time <- 429, 503, connection lost
 
-A prompt is sent until it is answered, whichever engines fail meanwhile. The work ends with an error
-once no engine has answered for a while.
+A prompt is sent until it is answered, whichever engines fail meanwhile. A row that an engine or
+encoder refuses is a bad row. The work ends with an error once no engine has answered for a while,
+or at a fault that is not the row's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _CACHE_BYTES = 256 * MIB
 """Embeddings of media that are kept, since many rows may share an image."""
 _LONGEST_WAIT_S = 30.0
 _MAX_FAILURES = 5
-"""Failures of a prompt while engines are up: the prompt itself may be the cause."""
+"""Failures of a prompt while engines are up, after which the work ends."""
 _POLL_S = 0.5
 
 
@@ -113,7 +114,8 @@ class EngineAnswers:
     def __call__(self, batches: Iterator[list[PromptRow]]) -> Iterator[list[RowResult]]:
         """Yield results as they arrive.
 
-        Raises LanguageModelError if no engine is up for `timeout_s`.
+        Raises LanguageModelError if no engine is up for `timeout_s`, and for a fault of an engine
+        or an encoder.
         """
         try:
             yield from self._answer(batches)
@@ -171,7 +173,7 @@ class EngineAnswers:
             try:
                 embeds = tuple(future.result() for _, future in items)
             except ServeError as error:
-                found.append(row.result(_row_error(row.row_id, error)))
+                found.append(row.result(self._row_error(row.row_id, error)))
                 continue
             sample, keys = row.sample, tuple(key for key, _ in items)
             prompt = Prompt(sample.input_ids, tuple(sample.media_spans), embeds, keys)
@@ -180,7 +182,13 @@ class EngineAnswers:
 
     def _embed(self, modality: str, item: Prepared) -> tuple[str, Future[Tensor]]:
         key = content_key(modality, item, "")
-        return key, self._embedder.embed(modality, item, key)
+        try:
+            return key, self._embedder.embed(modality, item, key)
+        # its thread has ended with an earlier item
+        except ServeError as error:
+            failed: Future[Tensor] = Future()
+            failed.set_exception(error)
+            return key, failed
 
     def _submit(self, request: _Request) -> None:
         request.begin()
@@ -218,7 +226,26 @@ class EngineAnswers:
         request.num_failures += not is_full and self.engine.num_replicas > 0
         if (is_full or is_lost) and request.num_failures < _MAX_FAILURES:
             return None
-        return RowResult(request.index, request.row_id, _row_error(request.row_id, error))
+        return RowResult(request.index, request.row_id, self._row_error(request.row_id, error))
+
+    def _row_error(self, row_id: str, error: Exception) -> RowError:
+        """Return the error of a row that was refused.
+
+        Raises LanguageModelError for any other fault: as a result it would stay, and the row may be
+        good.
+        """
+        if not isinstance(error, ServeError) or error.status >= 500:
+            failure = self._embedder.failure
+            cause = "" if failure is None else f" ({failure})"
+            raise LanguageModelError(
+                f"row {row_id}: {error}{cause}. Results so far are kept: remove the cause, which "
+                "the log here or of the engine names, and the same command continues"
+            ) from error
+        return RowError(
+            f"the engine does not answer it: {error}",
+            kind="too_long" if error.code == "context_length_exceeded" else "undecodable",
+            row_id=row_id,
+        )
 
     def _check_engines(self) -> None:
         if self.engine.num_replicas:
@@ -235,12 +262,3 @@ class EngineAnswers:
 
 def _media(sample: Sample) -> Iterator[tuple[MediaSpan, Prepared]]:
     return zip(sample.media_spans, sample.media, strict=True)
-
-
-def _row_error(row_id: str, error: Exception) -> RowError:
-    too_long = isinstance(error, ServeError) and error.code == "context_length_exceeded"
-    return RowError(
-        f"the engine does not answer it: {error}",
-        kind="too_long" if too_long else "undecodable",
-        row_id=row_id,
-    )
