@@ -62,6 +62,8 @@ class RowAdapter:
     seed: int = 0
     items_first: bool = False
     """Items without a slot come first in the first user turn."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Column that may hold items, but did not in the first rows -> its modality."""
     rewrite: Callable[[Row], Row] | None = None
     """A preset's own change of rows with turns, such as joining `prompt` and `completion`."""
 
@@ -146,6 +148,14 @@ class RowAdapter:
     # --- rows whose turns are templates ---
 
     def _from_templates(self, row: Row, row_id: str) -> dict[str, Any]:
+        for column, name in self.unread.items():
+            value = row.get(column)
+            # left out without a word, the row would be one of text alone
+            if value is not None and not is_number(value) and as_list(value) != []:
+                raise TemplateFault(
+                    f"column `{column}` seems to hold items of {name!r}, which the first rows do "
+                    f"not have; say so: `media: {{{name}: {column}}}`"
+                )
         waiting = {name: self._items(row, name, spec) for name, spec in self.media.items()}
         counts = {name: len(items) for name, items in waiting.items()}
         of = f"{self.seed} {row_id}"

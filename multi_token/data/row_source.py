@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -195,10 +196,20 @@ def _adapter_of(
     reading = resolve(format, row, modalities, media)
     if not reading.turns:
         return _adapter_in_place(source, modalities, first, reading, common)
+    turns = _turn_templates(reading.turns, f"format: {format}", (), {})
+    read = {*reading.media.values(), reading.each, reading.history, "system"}
+    read |= {column for turn in turns for column in turn.template.columns}
     adapter = RowAdapter(
         media=_media_specs(reading.media),
         # without marks: the slots of these formats stand in the columns
-        turns=_turn_templates(reading.turns, f"format: {format}", (), {}),
+        turns=turns,
+        unread={
+            column: name
+            for name, modality in modalities.items()
+            if name not in reading.media
+            for column in (name, f"{name}s", *chain.from_iterable(modality.usual_columns()))
+            if column not in read
+        },
         each=reading.each,
         history=reading.history,
         question=tuple(source.question) or reading.question,

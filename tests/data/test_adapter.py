@@ -431,3 +431,19 @@ def test_a_choice_of_vectors_is_looked_for_again_after_their_labels_changed(
         (tmp_path / "v.txt").write_text(labels)
         stream = open_stream(str(tmp_path / "v.npy"), choose=choose)
         assert stream.row(0).row["vector"].tolist() == [expected]
+
+
+def test_items_that_no_first_row_has_are_named_and_not_left_out() -> None:
+    texts = [{"user": "What?", "assistant": "A cat."}]
+    rows = [{"images": None, "texts": texts} for _ in range(8)]
+    late = {"images": ["a.png"], "texts": texts}
+    source = DataSource(rows="x.jsonl", format="pairs")
+    adapter, _ = adapter_of(source, PHOTO, rows)
+    assert adapter is not None
+    assert adapter(rows[0], "0")["messages"]
+    with pytest.raises(RowError, match="say so: `media: {image: images}`"):
+        adapter(late, "8")
+    said = source.model_copy(update={"media": {"image": "images"}})
+    adapter, _ = adapter_of(said, PHOTO, rows)
+    assert adapter is not None
+    assert to_conversation(adapter(late, "8"), PHOTO, row_id="8").media
