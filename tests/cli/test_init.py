@@ -195,7 +195,7 @@ def test_a_column_of_any_name_holds_the_answers(
     ("held_out", "said"),
     [
         ("image,caption\nc.png,third\n", r"held\.csv.*no column .*'label'"),
-        ("picture,label\nc.png,third\n", r"held\.csv.*no column .*'image'"),
+        ("origin,label\nc.png,third\n", r"held\.csv.*no column .*'image'"),
     ],
 )
 def test_no_recipe_is_written_that_cannot_read_its_rows(
