@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import faulthandler
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -36,8 +37,11 @@ class RunningServer:
     def stop(self) -> None:
         """End it, and wait."""
         self.server.should_exit = True
-        self._thread.join(30)
-        assert not self._thread.is_alive(), "the server did not end"
+        self._thread.join(60)
+        if self._thread.is_alive():
+            # stacks of all threads say who holds it
+            faulthandler.dump_traceback()
+            raise AssertionError("the server did not end")
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 5.0) -> bool:
         """Return True as soon as a condition of the server holds, False if it does not in time."""
