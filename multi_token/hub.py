@@ -79,7 +79,7 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
     except MultiTokenError:
         raise
     except Exception as fault:
-        if SILENCE.left_s() or not _is_of_the_hub(fault):
+        if SILENCE.left_s() or not is_of_the_hub(fault):
             raise
         from huggingface_hub import constants
 
@@ -90,7 +90,7 @@ def limited_hub_waits(name: str, error: type[MultiTokenError] = MultiTokenError)
         ) from fault
 
 
-def _is_of_the_hub(fault: BaseException) -> bool:
+def is_of_the_hub(fault: BaseException) -> bool:
     """True if a fault, or one that led to it, is that a hub does not answer or a file is missing.
 
     Others (no memory, a full disk, an unknown model) stay what they are, however silent the hub.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import close_session
 
-from multi_token.data.files.hub_files import media_root_of
+from multi_token.data.files.hub_files import HubFiles, media_root_of
 from multi_token.data.files.open import load_rows, media_root
 from multi_token.data.row_source import open_rows
 from multi_token.data.row_stream import open_stream
@@ -83,6 +86,40 @@ def test_a_file_that_a_repository_lacks_is_refused_with_those_that_it_has(hub: P
         load_rows("hf://ada/cap/c.json")
     with pytest.raises(MultiTokenError, match="data set ada/none could not be fetched"):
         load_rows("hf://ada/none/c.json")
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A hub that answers each request with 403."""
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+def test_a_hub_that_refuses_is_not_answered_from_the_cache(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository(hub, "ada/cap", {"a.json": "[]", "old.zip": {"a.png": b"A"}})
+    files = HubFiles.of("hf://ada/cap/a.json")
+    assert files.names() == ["a.json", "old.zip"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "files of ada/cap are the 2 in this machine's cache" in said
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
+    close_session()  # a client of the time without a network
+    try:
+        with pytest.raises(MultiTokenError, match=r"ada/cap could not be fetched .*403"):
+            files.names()
+    finally:
+        server.shutdown()
+        server.server_close()
+        close_session()
 
 
 def read_item(folder: Path, args: Any, **keys: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from multi_token.data.files.unpack import open_root
 from multi_token.data.parallel import pass_console
-from multi_token.errors import MultiTokenError
-from multi_token.hub import limited_hub_waits
+from multi_token.errors import MultiTokenError, first_line
+from multi_token.hub import is_of_the_hub, limited_hub_waits
 
 HUB_PREFIX = "hf://"
 _FILE = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
@@ -54,10 +54,20 @@ class HubFiles(NamedTuple):
                 names = HfApi().list_repo_files(
                     self.repository, repo_type="dataset", revision=self.revision
                 )
-        # errors of a network are the client's, which differs between versions of the library
-        except Exception:  # noqa: BLE001
+        except Exception as fault:
+            # A hub that answers may refuse (no access, no such repository): the files of an earlier
+            # day in the cache are not what was asked for.
+            if not is_of_the_hub(fault):
+                if isinstance(fault, (OSError, ValueError)):
+                    raise self._not_fetched(fault) from None
+                raise
             folder = self._snapshot([])
             names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+            pass_console().print(
+                f"the hub does not answer ({first_line(fault)}): files of {self.repository} are "
+                f"the {len(names)} in this machine's cache",
+                highlight=False,
+            )
         return sorted(name for name in names if not PurePosixPath(name).name.startswith("."))
 
     def media_root(self) -> str:
@@ -107,10 +117,12 @@ class HubFiles(NamedTuple):
                     )
                 )
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MultiTokenError(
-                f"the data set {self.repository} could not be fetched from the hub: {reason}"
-            ) from None
+            raise self._not_fetched(error) from None
+
+    def _not_fetched(self, error: Exception) -> MultiTokenError:
+        return MultiTokenError(
+            f"the data set {self.repository} could not be fetched from the hub: {first_line(error)}"
+        )
 
 
 def media_root_of(root: str) -> str:
