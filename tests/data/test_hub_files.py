@@ -94,7 +94,7 @@ class _Refusing(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(403)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Print nothing."""
 
 
