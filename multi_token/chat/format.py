@@ -345,8 +345,8 @@ class ChatFormat:
             slotted = tokenizer.backend_tokenizer
             slotted.no_padding()
             slotted.no_truncation()
-            # It adds no tokens here, but those of Llama 3 and GPT-2 take blanks out of offsets: a
-            # token of blanks would have no characters, and the indentation of code no label.
+            # It adds no tokens here, but a byte-level one with `trim_offsets` takes blanks out of
+            # offsets: a token of blanks would have no characters, and indented code lose labels.
             slotted.post_processor = None
             self._slot_tokenizers[slot] = slotted
         slotted = self._slot_tokenizers[slot]
